@@ -1,0 +1,112 @@
+"""What attention sees of a compressed group: rows without holes and shorter lengths.
+
+Target: ``AttentionGroup.build_metadata``. Why there: it knows the group, runs before
+manager blocks are split into kernel blocks, and serves both runners and every backend.
+Upstream plan: none yet; vLLM would need "holes" as a notion of its block tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.utils import torch_utils
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_kvcompress.attention.holes import HoleCounts
+
+
+class CompressedAttentionGroup(AttentionGroup):
+    """An attention group whose block table rows may start with null blocks.
+
+    A row is shifted left by its holes and its length reduced by as many blocks. Causal
+    masks are aligned to the end, so the query needs no change; positions stay logical.
+    """
+
+    holes: HoleCounts
+
+    @classmethod
+    def wrap(
+        cls, group: AttentionGroup, holes: HoleCounts, max_num_reqs: int, width: int
+    ) -> CompressedAttentionGroup:
+        """Take the place of vLLM's group object.
+
+        Parameters
+        ----------
+        group : AttentionGroup
+        holes : HoleCounts
+        max_num_reqs, width : int
+            Rows and columns of the runner's block table.
+        """
+        wrapped = cls(**{f.name: getattr(group, f.name) for f in fields(group)})
+        wrapped.holes = holes
+        for builder in wrapped.metadata_builders:
+            # It would replace a row without going through build_metadata.
+            builder.supports_update_block_table = False
+        device = wrapped.metadata_builders[0].device
+        wrapped._always = device.type != "cpu"
+        wrapped._max_num_reqs = max_num_reqs
+        wrapped._columns = torch.arange(width, dtype=torch.int64, device=device)
+        # Persistent: CUDA graphs replay these addresses.
+        wrapped._holes = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        wrapped._rows = torch.zeros(max_num_reqs, width, dtype=torch.int32, device=device)
+        wrapped._lengths = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        return wrapped
+
+    def build_metadata(
+        self,
+        common_attn_metadata: CommonAttentionMetadata,
+        ubatch_idx: int = 0,
+        common_prefix_len: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Build the backend's metadata from rows without holes."""
+        return super().build_metadata(
+            self._without_holes(common_attn_metadata), ubatch_idx, common_prefix_len, **kwargs
+        )
+
+    def build_metadata_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata, ubatch_idx: int = 0
+    ) -> Any:
+        """As :meth:`build_metadata`, on the buffers that replays will use."""
+        return super().build_metadata_for_cudagraph_capture(
+            self._without_holes(common_attn_metadata), ubatch_idx
+        )
+
+    def _without_holes(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        num_reqs = common.num_reqs
+        holes = self.holes.of_batch(self.kv_cache_group_id, num_reqs, common.req_idx)
+        if not self._always and not holes.any():
+            return common
+        block_size = self.kv_cache_spec.block_size
+        device_holes = torch_utils.async_tensor_h2d(
+            np.ascontiguousarray(holes), out=self._holes[:num_reqs]
+        )
+
+        table = common.block_table_tensor
+        width = table.shape[1]
+        columns = self._columns[:width] + device_holes[:, None]
+        columns.clamp_(max=width - 1)
+        rows = self._rows[:num_reqs, :width]
+        torch.gather(table[:num_reqs], 1, columns, out=rows)
+
+        # A dummy batch may claim lengths its rows do not have.
+        queries = common.query_start_loc[1 : num_reqs + 1] - common.query_start_loc[:num_reqs]
+        lengths = self._lengths[:num_reqs]
+        torch.sub(common.seq_lens[:num_reqs], device_holes, alpha=block_size, out=lengths)
+        torch.maximum(lengths, queries, out=lengths)
+
+        bound = common.seq_lens_cpu_upper_bound
+        if bound is not None:
+            starts = common.query_start_loc_cpu
+            shorter = bound[:num_reqs] - torch.from_numpy(holes * block_size)
+            bound = torch.maximum(shorter, starts[1 : num_reqs + 1] - starts[:num_reqs])
+        return common.replace(
+            block_table_tensor=rows,
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=bound,
+            _num_computed_tokens_cache=None,
+        )

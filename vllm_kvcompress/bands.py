@@ -1,0 +1,279 @@
+"""Layer bands and their budgets: which layers share a block table, and how long it gets.
+
+A band becomes one or more KV cache groups of vLLM. vLLM makes all groups equally wide
+and pads the rest, so a choice of bands is checked against the groups it leads to before
+the engine starts. Pure arithmetic, used by every process and by the start-up message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+from vllm_kvcompress.settings import Settings, SettingsError
+
+MAX_PADDING = 0.05
+"""Most padding that unequal groups may cost, as a share of the cache."""
+
+AUTO_BANDS = 6
+"""Number of bands aimed at when the pyramid is on and ``bands`` is not set."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many tokens a band may hold for one request, and what it must not touch.
+
+    Attributes
+    ----------
+    budget : int or None
+        Tokens kept per layer, a multiple of the block size.
+    ratio : Fraction or None
+        Share of the request's tokens kept per layer, where no budget is set.
+    sinks, recent : int
+        Protected tokens at the start and at the end.
+    block_size : int
+        Tokens per block.
+    """
+
+    budget: int | None
+    ratio: Fraction | None
+    sinks: int
+    recent: int
+    block_size: int
+
+    def blocks_kept(self, live: int, position: int) -> tuple[int, int]:
+        """Full blocks that take part in a compaction, and how many of them stay.
+
+        Parameters
+        ----------
+        live : int
+            Tokens in the cache that may be compressed.
+        position : int
+            Tokens of the request computed so far, including removed ones.
+
+        Returns
+        -------
+        tuple of int
+            ``(e, k)``: the oldest ``e`` blocks become ``k``. Nothing is due if ``k >= e``.
+        """
+        size = self.block_size
+        old = max(0, live - self.recent) // size
+        untouched = live - old * size
+        if self.budget is not None:
+            kept = (self.budget - untouched) // size if live > self.budget else old
+        else:
+            assert self.ratio is not None
+            kept = -((untouched - ceil(self.ratio * position)) // size)
+        return old, max(kept, -(-self.sinks // size), 1)
+
+    def peak(self, position: int, first: int, interval: int) -> int:
+        """Upper bound of the tokens held at once on the way to ``position``.
+
+        Parameters
+        ----------
+        position : int
+            Tokens the request will have.
+        first : int
+            Position of its first compaction.
+        interval : int
+            Tokens between two chances to compact.
+        """
+        if position <= first:
+            return position
+        if self.budget is not None:
+            after = self.budget + interval
+        else:
+            assert self.ratio is not None
+            after = ceil(self.ratio * position) + self.recent + 2 * self.block_size + interval
+        return min(position, max(first, after))
+
+
+@dataclass(frozen=True)
+class Band:
+    """Layers that share one budget.
+
+    Attributes
+    ----------
+    index : int
+        Position among the bands, from the first layers to the last; -1 for the layers
+        that keep every token.
+    layers : tuple of int
+        Layer indices, ascending.
+    limits : Limits or None
+        ``None`` for the layers that keep every token.
+    """
+
+    index: int
+    layers: tuple[int, ...]
+    limits: Limits | None
+
+
+def plan_bands(
+    settings: Settings,
+    num_layers: int,
+    block_size: int,
+    eligible: Sequence[int] | None = None,
+    other_groups: Sequence[int] = (),
+) -> list[Band]:
+    """Split the layers into bands and give each its budget.
+
+    Parameters
+    ----------
+    settings : Settings
+    num_layers : int
+        Layers of the model.
+    block_size : int
+        Tokens per block.
+    eligible : sequence of int or None
+        Layers that can be compressed at all; every layer if ``None``.
+    other_groups : sequence of int
+        Layer counts of the model's other kinds of cache (sliding window and so on), which
+        vLLM groups at the same width.
+
+    Returns
+    -------
+    list of Band
+        Bands from the first layers to the last; skipped layers, if any, come as a last
+        band with index -1.
+
+    Raises
+    ------
+    SettingsError
+        For a layer that does not exist, limits that do not fit or groups that would waste
+        more than 5 % of the pool.
+    """
+    unknown = [layer for layer in settings.skip_layers if layer >= num_layers]
+    if unknown:
+        raise SettingsError(
+            f"kvcompress: skip_layers={list(settings.skip_layers)} is not allowed: "
+            f"the model has layers 0 to {num_layers - 1}."
+        )
+    candidates = range(num_layers) if eligible is None else eligible
+    layers = [layer for layer in candidates if layer not in settings.skip_layers]
+    kept_whole = tuple(layer for layer in candidates if layer in settings.skip_layers)
+    if not layers:
+        raise SettingsError(
+            f"kvcompress: skip_layers={list(settings.skip_layers)} is not allowed: it names "
+            "every layer, so nothing would be compressed; use method=none for stock vLLM."
+        )
+    skipped = len(kept_whole)
+    count = _number_of_bands(settings, len(layers), skipped, other_groups)
+    bands = [
+        Band(index, part, _limits(settings, part, num_layers, block_size))
+        for index, part in enumerate(_split(layers, count))
+    ]
+    _check_room(settings, bands, block_size)
+    if skipped:
+        bands.append(Band(-1, kept_whole, None))
+    return bands
+
+
+def group_layout(bucket_sizes: Sequence[int]) -> tuple[int, int, float]:
+    """Groups that vLLM makes of buckets of layers with equal specs.
+
+    Its rule (``_get_kv_cache_groups_uniform_page_size``): all groups are as wide as the
+    smallest bucket, or as the largest if that is less than 1.5 times the smallest.
+
+    Returns
+    -------
+    tuple
+        Width of a group in layers, number of groups, padding layers per real layer.
+    """
+    smallest, largest = min(bucket_sizes), max(bucket_sizes)
+    width = largest if largest < 1.5 * smallest else smallest
+    groups = sum(ceil(size / width) for size in bucket_sizes)
+    return width, groups, groups * width / sum(bucket_sizes) - 1
+
+
+def _buckets(num_layers: int, count: int, skipped: int, other: Sequence[int]) -> list[int]:
+    sizes = [len(part) for part in _split(list(range(num_layers)), count)]
+    return [*sizes, *([skipped] if skipped else []), *other]
+
+
+def _good_choices(num_layers: int, skipped: int, other: Sequence[int]) -> list[int]:
+    return [
+        count
+        for count in range(1, num_layers + 1)
+        if group_layout(_buckets(num_layers, count, skipped, other))[2] <= MAX_PADDING
+    ]
+
+
+def _number_of_bands(
+    settings: Settings, num_layers: int, skipped: int, other: Sequence[int]
+) -> int:
+    good = _good_choices(num_layers, skipped, other)
+    wanted = settings.bands
+    if wanted is None:
+        wanted = 1 if settings.pyramid_beta == 1 else min(AUTO_BANDS, num_layers)
+        if good:
+            return min(good, key=lambda count: (abs(count - wanted), count))
+    if wanted in good:
+        return wanted
+    if wanted > num_layers:
+        problem = f"only {num_layers} layers are compressed"
+    else:
+        _, groups, padding = group_layout(_buckets(num_layers, wanted, skipped, other))
+        problem = (
+            f"with {skipped} skipped layers it makes {groups} groups and "
+            f"wastes {padding:.0%} of the memory"
+        )
+    nearest = sorted(good, key=lambda count: (abs(count - wanted), count))[:3]
+    advice = (
+        f"the nearest good choices are {', '.join(map(str, sorted(nearest)))}"
+        if nearest
+        else "no number of bands fits; change skip_layers"
+    )
+    raise SettingsError(f"kvcompress: bands={wanted} is not allowed: {problem}; {advice}.")
+
+
+def _split(layers: list[int], count: int) -> list[tuple[int, ...]]:
+    """``count`` runs as equal as possible, the longer ones first."""
+    base, longer = divmod(len(layers), count)
+    parts, start = [], 0
+    for index in range(count):
+        end = start + base + (index < longer)
+        parts.append(tuple(layers[start:end]))
+        start = end
+    return parts
+
+
+def _limits(
+    settings: Settings, layers: tuple[int, ...], num_layers: int, block_size: int
+) -> Limits:
+    """Limits of one band: the mean of its layers on the pyramid."""
+    slope = 1 / Fraction(str(settings.pyramid_beta)) - 1
+    share = 1 + Fraction(sum(layers), len(layers) * num_layers) * slope
+    budget = settings.token_budget
+    ratio = None
+    if budget is None:
+        ratio = min(Fraction(str(settings.keep_ratio)) * share, Fraction(1))
+    else:
+        budget = ceil(budget * share / block_size) * block_size
+    # The prompt is untouched in the decode phase, and the sinks with it.
+    sinks = 0 if settings.phase == "decode" else settings.sink_tokens
+    return Limits(budget, ratio, sinks, settings.recent_tokens, block_size)
+
+
+def _check_room(settings: Settings, bands: list[Band], block_size: int) -> None:
+    if settings.token_budget is None:
+        return
+    if settings.token_budget < 2 * block_size:
+        raise SettingsError(
+            f"kvcompress: budget={settings.token_budget} is not allowed: it must hold at "
+            f"least two blocks, {2 * block_size} tokens."
+        )
+    for band in bands:
+        assert band.limits is not None and band.limits.budget is not None
+        # Only whole blocks move, so up to a block less one token stays beside the window.
+        sinks = max(1, -(-band.limits.sinks // block_size)) * block_size
+        need = sinks + settings.recent_tokens + block_size - 1
+        if band.limits.budget < need:
+            raise SettingsError(
+                f"kvcompress: sink_tokens={settings.sink_tokens} and "
+                f"recent_tokens={settings.recent_tokens} do not fit the smallest band: with "
+                f"blocks of {block_size} they need {need} tokens, and band {band.index} "
+                f"(layers {band.layers[0]} to {band.layers[-1]}) has {band.limits.budget}; "
+                "raise budget, lower pyramid_beta or protect fewer tokens."
+            )

@@ -1,0 +1,64 @@
+"""What an eviction method is: a score per cached token and KV head. Pure torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """Where the scored tokens come from.
+
+    Attributes
+    ----------
+    layer : int
+        Index of the layer in the model.
+    position : int
+        Tokens of the request computed so far (the trigger position).
+    first_head, total_heads : int
+        First KV head held here and KV heads of the whole model: under tensor
+        parallelism a rank sees only its own heads.
+    """
+
+    layer: int
+    position: int
+    first_head: int = 0
+    total_heads: int = 1
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all eviction methods.
+
+    Attributes
+    ----------
+    seed : int
+        Seed for methods that draw random numbers.
+    """
+
+    needs_keys: ClassVar[bool] = True
+    """Whether :meth:`score` reads the keys, not only their shape."""
+
+    seed: int = 0
+
+    @abstractmethod
+    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+        """Score the cached tokens of one layer of one request.
+
+        Parameters
+        ----------
+        keys : torch.Tensor
+            ``[kv_heads, tokens, head_dim]``, float32, in age order, rotated as cached.
+            Only the shape is meaningful where ``needs_keys`` is false.
+        context : ScoreContext
+            Layer, position and heads.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[kv_heads, tokens]``, float32; the highest scores are kept.
+        """

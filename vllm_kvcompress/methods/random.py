@@ -1,0 +1,27 @@
+"""Random eviction: a seeded baseline that any method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vllm_kvcompress.methods.base import Method, ScoreContext
+
+
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep tokens drawn at random, the same ones for the same seed, layer and position."""
+
+    needs_keys: ClassVar[bool] = False
+
+    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+        """Uniform numbers, ``[kv_heads, tokens]``, drawn for all heads of the model."""
+        heads, tokens, _ = keys.shape
+        generator = torch.Generator().manual_seed(
+            (self.seed * 1_000_003 + context.layer) * 1_000_003 + context.position
+        )
+        drawn = torch.rand(context.total_heads, tokens, generator=generator)
+        first = context.first_head
+        return drawn[first : first + heads].to(keys.device, non_blocking=True)

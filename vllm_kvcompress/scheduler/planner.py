@@ -1,0 +1,225 @@
+"""The compactions under way in one engine, shared by its KV cache managers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from vllm_kvcompress.scheduler.plan import CompactionPlan
+from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule, Trajectory
+
+
+@dataclass
+class Totals:
+    """Counts since the engine started (plans that a preemption or abort dropped included).
+
+    Attributes
+    ----------
+    compactions : int
+        Compactions of one request in one KV cache group.
+    requests : int
+        Times a request was compacted for the first time (again after each preemption).
+    tokens_removed : int
+        Tokens removed, summed over groups.
+    blocks_freed : int
+        Blocks given up by requests.
+    waits : int
+        Times a due compaction had to wait for blocks.
+    """
+
+    compactions: int = 0
+    requests: int = 0
+    tokens_removed: int = 0
+    blocks_freed: int = 0
+    waits: int = 0
+
+
+@dataclass
+class RequestState:
+    """Where a request is on its trajectory.
+
+    Attributes
+    ----------
+    trajectory : Trajectory
+    started : bool
+        Whether a compaction was planned: from then on no block of it is hashed.
+    done : set of int
+        Groups whose part of the compaction at ``trajectory.position`` is planned.
+    position : int
+        Position that ``done`` belongs to.
+    """
+
+    trajectory: Trajectory
+    started: bool = False
+    done: set[int] = field(default_factory=set)
+    position: int = 0
+
+    def open_groups(self, computed: int) -> set[int]:
+        """Groups that have yet to compact at ``computed`` tokens."""
+        trajectory = self.trajectory
+        trajectory.advance(computed)
+        if trajectory.position != computed:
+            return set()
+        if self.position != computed:
+            self.position = computed
+            self.done.clear()
+        return trajectory.steps.keys() - self.done
+
+
+class Planner:
+    """Plans compactions from lengths, one state per request.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        When to compact and the limits of each KV cache group.
+    requests : mapping of str to Request
+        The scheduler's requests (its own dict, not a copy).
+    block_pool : BlockPool
+        The pool all groups draw on.
+    """
+
+    def __init__(
+        self, schedule: Schedule, requests: Mapping[str, Request], block_pool: BlockPool
+    ) -> None:
+        self.schedule = schedule
+        self.requests = requests
+        self.block_pool = block_pool
+        self.totals = Totals()
+        self._states: dict[str, RequestState] = {}
+        self._plans: list[CompactionPlan] = []
+
+    def state(self, request: Request) -> RequestState:
+        """State of a request, made on first use and after every preemption."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            trajectory = Trajectory(self.schedule, request.num_prompt_tokens)
+            # The prompt of a streaming session grows: it has no trajectory of its own.
+            if request.resumable:
+                trajectory.due = NEVER
+            state = self._states[request.request_id] = RequestState(trajectory)
+        return state
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request that was finished, aborted or preempted, and its open plans."""
+        if self._states.pop(request_id, None) is not None and self._plans:
+            self._plans = [plan for plan in self._plans if plan.request_id != request_id]
+
+    def started(self, request_id: str) -> bool:
+        """Whether the request has compacted, so that its blocks may not be hashed."""
+        state = self._states.get(request_id)
+        return state is not None and state.started
+
+    def stop(self, request: Request, computed: int) -> int:
+        """Position at which the chunk that starts at ``computed`` has to end, at the latest."""
+        trajectory = self.state(request).trajectory
+        if trajectory.due <= computed:
+            trajectory.advance(computed)
+        return trajectory.due
+
+    def hit_limit(self, request: Request) -> int:
+        """Longest prefix-cache hit that does not reach past the first compaction."""
+        return self.state(request).trajectory.due - 1
+
+    def is_blocked(self, group: int, request_id: str) -> bool:
+        """Whether a due compaction of this group still waits for blocks."""
+        state = self._states.get(request_id)
+        if state is None or not state.trajectory.position:
+            return False
+        computed = self.requests[request_id].num_computed_tokens
+        return group in state.open_groups(computed)
+
+    def compact(self, group: int, request_id: str, row: list[KVCacheBlock]) -> None:
+        """Plan the compaction due now for a request in one group, if there is one.
+
+        Rewrites ``row`` (the manager's block list) and returns blocks to the pool.
+
+        Parameters
+        ----------
+        group : int
+            KV cache group.
+        request_id : str
+        row : list of KVCacheBlock
+            The request's blocks in that group, changed in place.
+        """
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        computed = request.num_computed_tokens
+        state = self._states.get(request_id)
+        if state is None:
+            if not computed:
+                return
+            state = self.state(request)
+        if computed < state.trajectory.due and computed != state.trajectory.position:
+            return
+        if group not in state.open_groups(computed):
+            return
+        step = state.trajectory.steps[group]
+        base = state.trajectory.base
+        holes = state.trajectory.removed[group] - (step.old - step.kept)
+        first = holes + base
+        sources = row[first : first + step.old]
+        destinations = self._destinations(sources, step.kept)
+        if destinations is None:
+            self.totals.waits += 1
+            return
+
+        prompt = row[holes:first]
+        new_holes = state.trajectory.removed[group]
+        entries = [self.block_pool.null_block] * (new_holes - holes) + prompt + destinations
+        row[holes : first + step.old] = entries
+        state.done.add(group)
+        self._plans.append(
+            CompactionPlan(
+                request_id=request_id,
+                group=group,
+                position=computed,
+                sources=[block.block_id for block in sources],
+                destinations=[block.block_id for block in destinations],
+                row_start=holes,
+                row_ids=[block.block_id for block in entries],
+                holes=new_holes,
+            )
+        )
+        self.totals.requests += not state.started
+        self.totals.compactions += 1
+        self.totals.blocks_freed += step.old - step.kept
+        self.totals.tokens_removed += (step.old - step.kept) * self.schedule.block_size
+        state.started = True
+        reused = {block.block_id for block in destinations}
+        # Reversed, as vLLM frees: the start of a prompt is the last to leave the cache.
+        self.block_pool.free_blocks(b for b in reversed(sources) if b.block_id not in reused)
+
+    def take_plans(self) -> list[CompactionPlan]:
+        """The plans made since the last call, in the order in which they must run."""
+        plans, self._plans = self._plans, []
+        return plans
+
+    def _destinations(
+        self, sources: Sequence[KVCacheBlock], count: int
+    ) -> list[KVCacheBlock] | None:
+        """Blocks to compact into, or ``None`` if there are not enough.
+
+        A block that another request references or that the prefix cache knows is never
+        written. Own unhashed blocks come first (they need no room), then fresh ones, so
+        that hashed blocks return to the pool with their hashes; own hashed blocks are
+        taken out of the prefix cache only when the pool has no fresh ones.
+        """
+        pool = self.block_pool
+        own = [block for block in sources if block.ref_cnt == 1]
+        chosen = [block for block in own if block.block_hash is None][:count]
+        missing = count - len(chosen)
+        fresh = min(missing, pool.get_num_free_blocks())
+        in_place = missing - fresh
+        hashed = [block for block in own if block.block_hash is not None]
+        if in_place > len(hashed):
+            return None
+        if in_place:
+            pool.evict_blocks({block.block_id for block in hashed[:in_place]})
+            chosen += hashed[:in_place]
+        return chosen + pool.get_new_blocks(fresh)

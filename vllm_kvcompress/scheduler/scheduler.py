@@ -1,0 +1,108 @@
+"""vLLM's schedulers with compaction: chunks end where a compaction is due, plans travel along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_kvcompress.scheduler.groups import check_groups
+from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
+from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
+from vllm_kvcompress.scheduler.planner import Planner
+from vllm_kvcompress.scheduler.trajectory import Schedule
+from vllm_kvcompress.settings import CONFIG_KEY, parse_settings
+
+logger = init_logger("vllm.kvcompress")
+
+
+class KVCompressSchedulerMixin(Scheduler):
+    """What both schedulers add to vLLM's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = parse_settings(self.vllm_config.additional_config[CONFIG_KEY])
+        limits = check_groups(self.kv_cache_config, self.vllm_config, settings)
+        coordinator = self.kv_cache_manager.coordinator
+        self.kvcompress = Planner(
+            Schedule(
+                phase=settings.phase,
+                interval=settings.interval,
+                prune_after=settings.prune_after,
+                limits=limits,
+                block_size=self.block_size,
+                max_position=self.max_model_len,
+            ),
+            self.requests,
+            self.kv_cache_manager.block_pool,
+        )
+        self._kvcompress_method = settings.method
+        for manager in coordinator.single_type_managers:
+            if isinstance(manager, CompressedAttentionManager):
+                manager.bind(self.kvcompress)
+
+        # One place for all groups, compressed or not: past a request's first compaction
+        # every block of it was computed with a compressed past.
+        cache_blocks = coordinator.cache_blocks
+
+        def cache_exact_blocks(request: Request, num_computed_tokens: int) -> None:
+            if not self.kvcompress.started(request.request_id):
+                cache_blocks(request, num_computed_tokens)
+
+        coordinator.cache_blocks = cache_exact_blocks  # type: ignore[method-assign]
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule a step and attach the compactions that must run before its forward."""
+        output = super().schedule(throttle_prefills)
+        if plans := self.kvcompress.take_plans():
+            setattr(output, PLANS_ATTRIBUTE, plans)
+        return output
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End a chunk where the request is due. vLLM calls this last, in both paths."""
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        room = self.kvcompress.stop(request, num_computed_tokens) - num_computed_tokens
+        return min(num_new_tokens, room)
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Cut a prefix-cache hit so that it cannot skip past the first compaction."""
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        limit = self.kvcompress.hit_limit(request)
+        if hit > limit:
+            hit = limit // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, hit)
+        return blocks, hit, boundary, diverged
+
+    def shutdown(self) -> None:
+        """Log the totals, so that a compressor that did nothing is seen to have done so."""
+        totals = self.kvcompress.totals
+        logger.info(
+            "kvcompress: %s compacted %d requests in %d steps per group, removed %d tokens "
+            "and freed %d blocks (%d waits for blocks).",
+            self._kvcompress_method,
+            totals.requests,
+            totals.compactions,
+            totals.tokens_removed,
+            totals.blocks_freed,
+            totals.waits,
+        )
+        super().shutdown()
+
+
+class KVCompressScheduler(KVCompressSchedulerMixin, Scheduler):
+    """For synchronous scheduling (the CPU build)."""
+
+
+class KVCompressAsyncScheduler(KVCompressSchedulerMixin, AsyncScheduler):
+    """For asynchronous scheduling (the default on GPUs)."""

@@ -1,0 +1,178 @@
+"""Server settings: one validated model, read by every process.
+
+They arrive as ``additional_config={"kvcompress": {...}}`` (``LLM``, ``vllm serve``,
+``vllm bench``) or as the ``--kvcompress-*`` options of ``serve.py``, which are made from
+the fields below. Checks that need the model or the block size are in
+:mod:`vllm_kvcompress.bands`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_kvcompress.methods import METHODS
+
+CONFIG_KEY = "kvcompress"
+"""Key of the settings inside vLLM's ``additional_config``."""
+
+DEFAULT_BUDGET = 1024
+
+Phase = Literal["after_prefill", "during_prefill", "decode"]
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message is one sentence for the user."""
+
+
+class Settings(BaseModel):
+    """What to compress, how far and when.
+
+    Token counts are per request and per layer; every KV head keeps the same number of
+    tokens, each its own choice of them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    method: str = Field(
+        "knorm",
+        description="Eviction method: knorm, keydiff, streaming or random; none is stock vLLM.",
+    )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens a request may keep per layer in band 0 "
+        f"(default {DEFAULT_BUDGET} unless keep_ratio is set).",
+    )
+    keep_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a request's tokens to keep instead of a fixed budget, in (0, 1].",
+    )
+    prune_after: int = Field(
+        0, ge=0, description="Requests with fewer tokens than this are left alone."
+    )
+    sink_tokens: int = Field(
+        4, ge=0, description="First tokens of a request that are never removed."
+    )
+    recent_tokens: int = Field(
+        64, ge=0, description="Latest tokens of a request that are never removed."
+    )
+    skip_layers: tuple[int, ...] = Field(
+        (), description="Layers that keep every token, by index from 0."
+    )
+    pyramid_beta: float = Field(
+        1.0,
+        gt=0,
+        description="Steepness of the per-layer pyramid: layer k of m has "
+        "budget * (1 + k/m * (1/beta - 1)); 1 is flat.",
+    )
+    bands: int | None = Field(
+        None,
+        ge=1,
+        description="Bands of layers with a budget and block table of their own "
+        "(default: 1 when flat, else the choice nearest to 6 that wastes no memory).",
+    )
+    interval: int = Field(
+        128, ge=1, description="Tokens between two compactions of a request."
+    )
+    phase: Phase = Field(
+        "after_prefill",
+        description="When to compress: after_prefill (prompt exact, then compressed), "
+        "during_prefill (also every interval prompt tokens; bounds the peak), "
+        "decode (generated tokens only).",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the random method.")
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value != "none" and value not in METHODS:
+            raise ValueError(f"allowed are {', '.join([*METHODS, 'none'])}")
+        return value
+
+    @field_validator("skip_layers", mode="before")
+    @classmethod
+    def _layers_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("skip_layers")
+    @classmethod
+    def _layers_sorted_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(layer < 0 for layer in value):
+            raise ValueError("layer indices count from 0 and cannot be negative")
+        if len(set(value)) != len(value):
+            raise ValueError("a layer is named twice")
+        return tuple(sorted(value))
+
+    @model_validator(mode="after")
+    def _not_contradictory(self) -> Settings:
+        if self.budget is not None and self.keep_ratio is not None:
+            raise ValueError(
+                f"budget ({self.budget}) and keep_ratio ({self.keep_ratio}) are both set; "
+                "set one of them"
+            )
+        if self.phase == "decode" and self.keep_ratio is not None:
+            raise ValueError(
+                f"keep_ratio ({self.keep_ratio}) is a share of the prompt, which phase=decode "
+                "leaves alone; set budget instead"
+            )
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is to be compressed."""
+        return self.method != "none"
+
+    @property
+    def token_budget(self) -> int | None:
+        """Budget of band 0 in tokens, ``None`` when ``keep_ratio`` is used."""
+        if self.keep_ratio is not None:
+            return None
+        return DEFAULT_BUDGET if self.budget is None else self.budget
+
+
+def parse_settings(raw: Any) -> Settings:
+    """Validate the value of ``additional_config["kvcompress"]``.
+
+    Parameters
+    ----------
+    raw : Any
+        What the user passed; a mapping of setting names to values.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    SettingsError
+        One sentence naming the key, the value and what is allowed.
+    """
+    if isinstance(raw, Settings):
+        return raw
+    if not isinstance(raw, dict):
+        raise SettingsError(
+            f"additional_config['{CONFIG_KEY}'] must be an object of settings, "
+            f"not {type(raw).__name__}."
+        )
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(_one_sentence(error)) from None
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return (
+            f"kvcompress: unknown setting {key!r} (value {first['input']!r}); "
+            f"allowed are {', '.join(Settings.model_fields)}."
+        )
+    if not key:
+        return f"kvcompress: {message}."
+    return f"kvcompress: {key}={first['input']!r} is not allowed: {message}."

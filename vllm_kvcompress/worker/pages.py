@@ -1,0 +1,186 @@
+"""Where keys and values lie inside a page, and reading and writing them there.
+
+The interior of a page differs by attention backend and instruction set (token-major,
+transposed, packed in pairs), so it is not written down anywhere here: it is learned at
+start-up from where the layer's own cache update puts known numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+RAW_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""Integer types in which elements are moved, by element size: bits stay as they are."""
+
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class PageLayoutError(RuntimeError):
+    """The backend's page layout is not one we can read."""
+
+
+class LayerPages:
+    """Keys and values of one layer's pages as strided views, learned from the backend.
+
+    Parameters
+    ----------
+    layer : torch.nn.Module
+        vLLM attention layer, with its ``impl`` and its bound ``kv_cache``.
+    cache : torch.Tensor
+        The layer's cache ``[blocks, head_slots, block_size, content]`` in manager blocks.
+    block_size, num_heads, head_dim : int
+        Tokens per block, KV heads held here, elements per key.
+    cache_dtype : str
+        vLLM's name of the cache type.
+
+    Raises
+    ------
+    PageLayoutError
+        If an element cannot be found, or the layout is not regular.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        cache: torch.Tensor,
+        block_size: int,
+        num_heads: int,
+        head_dim: int,
+        cache_dtype: str,
+    ) -> None:
+        self.element = FP8_DTYPES.get(cache_dtype, cache.dtype)
+        self.raw = RAW_DTYPES[cache.element_size()]
+        self.shape = (block_size, num_heads, head_dim)
+        keys, values = _learn_offsets(layer, cache, self.element, self.shape)
+        raw = cache.view(self.raw)
+        self.keys = _strided_view(raw, keys)
+        self.values = _strided_view(raw, values)
+
+    def read(self, pages: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Copy the elements of some blocks.
+
+        Parameters
+        ----------
+        pages : torch.Tensor
+            ``self.keys`` or ``self.values``.
+        blocks : torch.Tensor
+            ``[n]``, int64, block ids on the cache's device.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[kv_heads, n * block_size, head_dim]``, raw integers, in block order.
+        """
+        block_size, heads, dim = self.shape
+        return pages[blocks].transpose(0, 1).reshape(heads, len(blocks) * block_size, dim)
+
+    def write(self, pages: torch.Tensor, blocks: torch.Tensor, elements: torch.Tensor) -> None:
+        """Fill blocks with ``elements``, shaped as :meth:`read` returns them."""
+        heads = elements.shape[0]
+        pages[blocks] = elements.reshape(heads, len(blocks), *pages.shape[2:]).transpose(0, 1)
+
+    def as_float(self, elements: torch.Tensor) -> torch.Tensor:
+        """Raw integers as float32 numbers (without the layer's fp8 scale)."""
+        return elements.view(self.element).float()
+
+
+def _learn_offsets(
+    layer: Any, cache: torch.Tensor, element: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offset of every key and value element in its page, in elements, ``[N, H, D]`` each.
+
+    Every element gets a number of its own, written digit by digit: a digit must be exact
+    in the cache's type.
+    """
+    block_size, heads, dim = shape
+    base = 8 if element in FP8_DTYPES.values() else 64
+    count = 2 * block_size * heads * dim
+    interior = cache.stride()[1:]
+    size = 1 + sum((n - 1) * step for n, step in zip(cache.shape[1:], interior, strict=True))
+    scratch = torch.empty_strided(
+        (2, *cache.shape[1:]), (size, *interior), dtype=cache.dtype, device=cache.device
+    )
+    page = torch.as_strided(scratch, (2, size), (size, 1))
+    slots = torch.arange(block_size, 2 * block_size, dtype=torch.int64, device=cache.device)
+    numbers = torch.arange(count, device=cache.device).view(2, block_size, heads, dim)
+    model_dtype = layer.dtype if isinstance(getattr(layer, "dtype", None), torch.dtype) else None
+    model_dtype = model_dtype or (cache.dtype if cache.dtype.is_floating_point else torch.bfloat16)
+    scales = (getattr(layer, "_k_scale_float", 1.0), getattr(layer, "_v_scale_float", 1.0))
+    quantized = element in FP8_DTYPES.values()
+
+    found = torch.zeros(size, dtype=torch.int64, device=cache.device)
+    missing = torch.zeros(size, dtype=torch.bool, device=cache.device)
+    place = 1
+    while place < count:
+        digits = numbers // place % base
+        written = [
+            (digits[i] * (scales[i] if quantized else 1)).to(model_dtype) for i in range(2)
+        ]
+        page.view(RAW_DTYPES[cache.element_size()]).fill_(-1 if cache.element_size() > 1 else 255)
+        layer.impl.do_kv_cache_update(layer, written[0], written[1], scratch, slots)
+        # The filler is NaN in every floating type in use, or at least no digit.
+        digit = page[1].view(element).float()
+        missing |= ~((digit >= 0) & (digit < base))
+        found += digit.nan_to_num(0).long() * place
+        place *= base
+    offsets = torch.full((count,), -1, dtype=torch.int64, device=cache.device)
+    where = torch.nonzero(~missing).flatten()
+    if len(where) != count:
+        raise PageLayoutError(
+            f"kvcompress: {type(layer.impl).__name__} stores {len(where)} elements in a page "
+            f"where {count} were written; its page layout is not supported."
+        )
+    offsets[found[where].clamp(0, count - 1)] = where
+    if bool((offsets < 0).any()):
+        raise PageLayoutError(
+            f"kvcompress: the page layout of {type(layer.impl).__name__} could not be learned."
+        )
+    keys, values = offsets.view(2, block_size, heads, dim).cpu()
+    return keys, values
+
+
+def _strided_view(raw: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """View a layer's cache by the learned offsets.
+
+    Tokens and dimensions may each be split in two (packed layouts); the view is
+    ``[blocks, H, N1, N2, D1, D2]`` and must reproduce every offset.
+    """
+    block_size, heads, dim = offsets.shape
+    start = int(offsets[0, 0, 0])
+    head_step = int(offsets[0, 1, 0]) - start if heads > 1 else 0
+    for n2 in _divisors(block_size):
+        for d2 in _divisors(dim):
+            sizes = (heads, block_size // n2, n2, dim // d2, d2)
+            split = offsets.permute(1, 0, 2).reshape(sizes)
+            steps = [head_step, *(_step(split, axis) for axis in range(1, 5))]
+            grid = sum(
+                (torch.arange(n) * step).view([-1 if a == axis else 1 for a in range(5)])
+                for axis, (n, step) in enumerate(zip(sizes, steps, strict=True))
+            )
+            if torch.equal(grid + start, split):
+                return torch.as_strided(
+                    raw,
+                    (raw.shape[0], *sizes),
+                    (raw.stride(0), *steps),
+                    raw.storage_offset() + start,
+                )
+    raise PageLayoutError("kvcompress: the page layout is not regular, so it is not supported.")
+
+
+def _step(offsets: torch.Tensor, axis: int) -> int:
+    if offsets.shape[axis] == 1:
+        return 0
+    first = [0] * offsets.dim()
+    second = list(first)
+    second[axis] = 1
+    return int(offsets[tuple(second)] - offsets[tuple(first)])
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,162 @@
+"""Connecting a worker's layers to compaction at start-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_kvcompress.attention.group import CompressedAttentionGroup
+from vllm_kvcompress.attention.holes import HoleCounts
+from vllm_kvcompress.bands import plan_bands
+from vllm_kvcompress.methods import METHODS
+from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.settings import CONFIG_KEY, SettingsError, parse_settings
+from vllm_kvcompress.worker.compactor import Compactor, GroupPages
+from vllm_kvcompress.worker.pages import LayerPages
+
+
+@dataclass
+class WorkerState:
+    """What compression adds to a runner."""
+
+    compactor: Compactor
+    holes: HoleCounts
+
+
+def compressed_specs(
+    specs: dict[str, KVCacheSpec], config: VllmConfig
+) -> dict[str, KVCacheSpec]:
+    """Replace the specs of compressible layers by those of their bands.
+
+    Every eligible layer gets one of ours, skipped layers too: a plain spec beside them
+    would swallow them all into one group.
+
+    Parameters
+    ----------
+    specs : dict of str to KVCacheSpec
+        vLLM's specs by layer name.
+    config : VllmConfig
+
+    Raises
+    ------
+    SettingsError
+        If no layer is eligible, or the settings do not fit the layers.
+    """
+    settings = parse_settings(config.additional_config[CONFIG_KEY])
+    layers = config.compilation_config.static_forward_context
+    eligible = {
+        extract_layer_index(name): name
+        for name, spec in specs.items()
+        if _is_eligible(spec, layers[name])
+    }
+    if not eligible:
+        raise SettingsError(
+            "kvcompress: this model has no compressible layer: its KV cache specs are "
+            f"{sorted({type(spec).__name__ for spec in specs.values()})}, and only plain full "
+            "attention can be compressed."
+        )
+    shapes = {specs[name].page_size_bytes for name in eligible.values()}
+    if len(shapes) > 1:
+        raise SettingsError("kvcompress: mixed head sizes cannot be compressed yet.")
+    others: dict[KVCacheSpec, int] = {}
+    for name, spec in specs.items():
+        if name not in eligible.values():
+            others[spec] = others.get(spec, 0) + 1
+    bands = plan_bands(
+        settings,
+        config.model_config.get_num_layers(config.parallel_config),
+        next(iter(specs.values())).block_size,
+        sorted(eligible),
+        list(others.values()),
+    )
+    result = dict(specs)
+    for band in bands:
+        for layer in band.layers:
+            spec = specs[eligible[layer]]
+            assert isinstance(spec, FullAttentionSpec)
+            result[eligible[layer]] = CompressedAttentionSpec.from_full(
+                spec,
+                band=band.index,
+                limits=band.limits,
+                phase=settings.phase,
+                interval=settings.interval,
+                prune_after=settings.prune_after,
+            )
+    return result
+
+
+def _is_eligible(spec: KVCacheSpec, layer: Any) -> bool:
+    if type(spec) is not FullAttentionSpec:
+        return False
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        return False
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
+        raise SettingsError("kvcompress: ALiBi cannot be combined with compression yet.")
+    return not spec.non_causal
+
+
+def connect(runner: Any, widths: list[int]) -> WorkerState:
+    """Learn the pages of every compressed layer and take over its attention group.
+
+    Parameters
+    ----------
+    runner : GPUModelRunner
+        Of either kind, with its KV cache allocated.
+    widths : list of int
+        Columns of the block table of each group.
+    """
+    config: VllmConfig = runner.vllm_config
+    settings = parse_settings(config.additional_config[CONFIG_KEY])
+    layers = config.compilation_config.static_forward_context
+    shared = getattr(runner, "shared_kv_cache_layers", None) or {}
+    holes = HoleCounts(len(runner.attn_groups), runner.max_num_reqs)
+    groups: dict[int, GroupPages] = {}
+    num_blocks = runner.kv_cache_config.num_blocks
+    for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        if not isinstance(spec, CompressedAttentionSpec):
+            continue
+        runner.attn_groups[index][:] = [
+            CompressedAttentionGroup.wrap(g, holes, runner.max_num_reqs, widths[index])
+            for g in runner.attn_groups[index]
+        ]
+        if spec.limits is None:
+            continue
+        if sharing := set(shared.values()) & set(group.layer_names):
+            raise SettingsError(
+                f"kvcompress: layers {sorted(sharing)} share their cache with other layers, "
+                "which cannot be combined with compression yet."
+            )
+        groups[index] = GroupPages(
+            {
+                extract_layer_index(name): _pages(
+                    layers[name], spec, num_blocks, config.cache_config.cache_dtype
+                )
+                for name in sorted(group.layer_names, key=extract_layer_index)
+            },
+            spec.limits.sinks,
+        )
+    block_size, heads, _ = next(iter(next(iter(groups.values())).layers.values())).shape
+    total = config.model_config.get_total_num_kv_heads()
+    size = config.parallel_config.tensor_parallel_size
+    # With more ranks than KV heads, neighbouring ranks hold copies of one head.
+    first = get_tensor_model_parallel_rank() * max(total, 1) // size if size > 1 else 0
+    method = METHODS[settings.method](seed=settings.seed)
+    compactor = Compactor(groups, method, block_size, first, max(total, heads))
+    return WorkerState(compactor, holes)
+
+
+def _pages(layer: Any, spec: CompressedAttentionSpec, num_blocks: int, dtype: str) -> LayerPages:
+    if layer.kv_cache.shape[0] != num_blocks:
+        raise SettingsError(
+            f"kvcompress: {type(layer.impl).__name__} splits blocks of {spec.block_size} tokens "
+            "into smaller ones, which is not supported; set a block size the backend takes."
+        )
+    return LayerPages(
+        layer, layer.kv_cache, spec.block_size, spec.num_kv_heads, spec.head_size, dtype
+    )
