@@ -75,9 +75,7 @@ class Settings(BaseModel):
         description="Bands of layers with a budget and block table of their own "
         "(default: 1 when flat, else the choice nearest to 6 that wastes no memory).",
     )
-    interval: int = Field(
-        128, ge=1, description="Tokens between two compactions of a request."
-    )
+    interval: int = Field(128, ge=1, description="Tokens between two compactions of a request.")
     phase: Phase = Field(
         "after_prefill",
         description="When to compress: after_prefill (prompt exact, then compressed), "

@@ -16,14 +16,16 @@ class HoleCounts:
     ----------
     num_groups, max_num_reqs : int
         KV cache groups and request slots of the runner.
+    by_slot : bool
+        Whether counts are kept by request slot (V2 runner) instead of batch row (V1).
     """
 
-    def __init__(self, num_groups: int, max_num_reqs: int) -> None:
+    def __init__(self, num_groups: int, max_num_reqs: int, by_slot: bool = False) -> None:
         self._requests: dict[str, np.ndarray] = {}
         self._num_groups = num_groups
         self.rows = np.zeros((num_groups, max_num_reqs), dtype=np.int32)
         """``[groups, rows]``: rows of the batch, or request slots where ``by_slot``."""
-        self.by_slot = False
+        self.by_slot = by_slot
 
     def set(self, request_id: str, group: int, holes: int) -> None:
         """Note the holes of a request in one group."""

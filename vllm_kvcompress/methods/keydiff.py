@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_kvcompress.methods.base import Method, ScoreContext
+from vllm_kvcompress.methods.base import Method, ScoreContext, settle_near_ties
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,4 @@ class KeyDiff(Method):
         """Negative cosine to the mean of the unit keys, ``[kv_heads, tokens]``."""
         unit = F.normalize(keys, dim=-1)
         anchor = F.normalize(unit.mean(dim=-2, keepdim=True), dim=-1)
-        return -torch.linalg.vecdot(unit, anchor)
+        return settle_near_ties(-torch.linalg.vecdot(unit, anchor))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.methods.base import Method, ScoreContext
+from vllm_kvcompress.methods.base import Method, ScoreContext, settle_near_ties
 
 
 @dataclass(frozen=True)
@@ -19,4 +19,4 @@ class KNorm(Method):
 
     def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
         """Negative squared key norm, ``[kv_heads, tokens]`` (same order as the norm)."""
-        return -torch.linalg.vecdot(keys, keys)
+        return settle_near_ties(-torch.linalg.vecdot(keys, keys))

@@ -73,9 +73,7 @@ class KVCompressSchedulerMixin(Scheduler):
         room = self.kvcompress.stop(request, num_computed_tokens) - num_computed_tokens
         return min(num_new_tokens, room)
 
-    def _get_local_prefix_cache_hit(
-        self, request: Request
-    ) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Cut a prefix-cache hit so that it cannot skip past the first compaction."""
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         limit = self.kvcompress.hit_limit(request)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from vllm.utils import torch_utils
 
 from vllm_kvcompress.methods import Method, ScoreContext, select_tokens
 from vllm_kvcompress.scheduler.plan import CompactionPlan
@@ -92,8 +93,11 @@ class Compactor:
     def _run(self, plan: CompactionPlan) -> None:
         group = self.groups[plan.group]
         device = next(iter(group.layers.values())).keys.device
-        sources = torch.tensor(plan.sources).to(device, non_blocking=True)
-        destinations = torch.tensor(plan.destinations).to(device, non_blocking=True)
+        sources, destinations = (
+            # From pinned memory: a copy from pageable memory may wait for the device.
+            torch_utils.async_tensor_h2d(blocks, device=device, dtype=torch.int64)
+            for blocks in (plan.sources, plan.destinations)
+        )
         keep = len(plan.destinations) * self.block_size
         for layer, pages in group.layers.items():
             keys = pages.read(pages.keys, sources)

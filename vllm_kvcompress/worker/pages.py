@@ -98,11 +98,21 @@ def _learn_offsets(
     Every element gets a number of its own, written digit by digit: a digit must be exact
     in the cache's type.
     """
+    if not hasattr(layer.impl, "do_kv_cache_update"):
+        raise PageLayoutError(
+            f"kvcompress: {type(layer.impl).__name__} writes its pages inside of attention; "
+            "such a backend is not supported, choose another with --attention-backend."
+        )
     block_size, heads, dim = shape
     base = 8 if element in FP8_DTYPES.values() else 64
     count = 2 * block_size * heads * dim
     interior = cache.stride()[1:]
     size = 1 + sum((n - 1) * step for n, step in zip(cache.shape[1:], interior, strict=True))
+    if size > cache.stride(0):
+        raise PageLayoutError(
+            "kvcompress: pages of this KV cache layout interleave in memory; choose another "
+            "one with VLLM_KV_CACHE_LAYOUT, for example LBNHC."
+        )
     scratch = torch.empty_strided(
         (2, *cache.shape[1:]), (size, *interior), dtype=cache.dtype, device=cache.device
     )
@@ -119,9 +129,7 @@ def _learn_offsets(
     place = 1
     while place < count:
         digits = numbers // place % base
-        written = [
-            (digits[i] * (scales[i] if quantized else 1)).to(model_dtype) for i in range(2)
-        ]
+        written = [(digits[i] * (scales[i] if quantized else 1)).to(model_dtype) for i in range(2)]
         page.view(RAW_DTYPES[cache.element_size()]).fill_(-1 if cache.element_size() > 1 else 255)
         layer.impl.do_kv_cache_update(layer, written[0], written[1], scratch, slots)
         # The filler is NaN in every floating type in use, or at least no digit.

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
+from vllm_kvcompress.settings import SettingsError
 from vllm_kvcompress.worker.setup import WorkerState, compressed_specs, connect
 
 if TYPE_CHECKING:
@@ -28,15 +29,27 @@ class CompressedRunner(Base):
     """What both runners share."""
 
     kvcompress: WorkerState | None = None
+    holes_by_slot = False
+    """Whether attention metadata names request slots instead of rows of the batch."""
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Specs of the layers, those that can be compressed as specs of their band."""
         return compressed_specs(super().get_kv_cache_spec(), self.vllm_config)
 
-    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize_kv_cache(
+        self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
         """Allocate as vLLM does, then learn the pages and take over the attention groups."""
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        self.kvcompress = connect(self, self._block_table_widths())
+        # Our views would keep a cache alive that vLLM means to give back.
+        self.kvcompress = None
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if not is_profiling:
+            self.kvcompress = connect(self, self._block_table_widths(), self.holes_by_slot)
+
+    def shutdown(self) -> None:
+        """Let go of the cache before vLLM collects it."""
+        self.kvcompress = None
+        super().shutdown()
 
     def _run_plans(self, output: SchedulerOutput) -> None:
         plans: list[CompactionPlan] = getattr(output, PLANS_ATTRIBUTE, ())
@@ -44,7 +57,6 @@ class CompressedRunner(Base):
             assert self.kvcompress is not None
             self.kvcompress.compactor.run(plans)
             for plan in plans:
-                self.kvcompress.holes.set(plan.request_id, plan.group, plan.holes)
                 self._rewrite_row(plan)
 
 
@@ -66,6 +78,7 @@ class CompressedRunnerV1(CompressedRunner):
         return deferred
 
     def _rewrite_row(self, plan: CompactionPlan) -> None:
+        self.kvcompress.holes.set(plan.request_id, plan.group, plan.holes)
         end = plan.row_start + len(plan.row_ids)
         self.requests[plan.request_id].block_ids[plan.group][plan.row_start : end] = plan.row_ids
         row = self.input_batch.req_id_to_index.get(plan.request_id)
@@ -76,6 +89,21 @@ class CompressedRunnerV1(CompressedRunner):
 
 class CompressedRunnerV2(CompressedRunner):
     """Adapter for ``vllm.v1.worker.gpu.model_runner.GPUModelRunner``."""
+
+    holes_by_slot = True
+
+    def initialize_kv_cache(
+        self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        """Refuse models whose metadata does not name request slots, then as the base."""
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        if type(self.model_state).prepare_attn is not DefaultModelState.prepare_attn:
+            raise SettingsError(
+                f"kvcompress: models with their own {type(self.model_state).__name__} cannot be "
+                "compressed yet on vLLM's V2 model runner; VLLM_USE_V2_MODEL_RUNNER=0 selects V1."
+            )
+        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
 
     def _block_table_widths(self) -> list[int]:
         return [table.gpu.shape[1] for table in self.block_tables.block_tables]
@@ -96,9 +124,7 @@ class CompressedRunnerV2(CompressedRunner):
     def _rewrite_row(self, plan: CompactionPlan) -> None:
         slot = self.req_states.req_id_to_index[plan.request_id]
         self.kvcompress.holes.rows[plan.group, slot] = plan.holes
-        self.block_tables.block_tables[plan.group].stage_write(
-            slot, plan.row_start, plan.row_ids
-        )
+        self.block_tables.block_tables[plan.group].stage_write(slot, plan.row_start, plan.row_ids)
 
 
 def adapt(runner: Any, use_v2: bool) -> None:

@@ -28,9 +28,7 @@ class WorkerState:
     holes: HoleCounts
 
 
-def compressed_specs(
-    specs: dict[str, KVCacheSpec], config: VllmConfig
-) -> dict[str, KVCacheSpec]:
+def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[str, KVCacheSpec]:
     """Replace the specs of compressible layers by those of their bands.
 
     Every eligible layer gets one of ours, skipped layers too: a plain spec beside them
@@ -97,10 +95,15 @@ def _is_eligible(spec: KVCacheSpec, layer: Any) -> bool:
         return False
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         raise SettingsError("kvcompress: ALiBi cannot be combined with compression yet.")
+    if spec.head_size_v != spec.head_size:
+        raise SettingsError(
+            f"kvcompress: keys of size {spec.head_size} with values of size {spec.head_size_v} "
+            "cannot be compressed yet."
+        )
     return not spec.non_causal
 
 
-def connect(runner: Any, widths: list[int]) -> WorkerState:
+def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     """Learn the pages of every compressed layer and take over its attention group.
 
     Parameters
@@ -109,12 +112,15 @@ def connect(runner: Any, widths: list[int]) -> WorkerState:
         Of either kind, with its KV cache allocated.
     widths : list of int
         Columns of the block table of each group.
+    holes_by_slot : bool
+        Whether attention metadata names request slots (V2) instead of rows (V1).
     """
     config: VllmConfig = runner.vllm_config
     settings = parse_settings(config.additional_config[CONFIG_KEY])
     layers = config.compilation_config.static_forward_context
-    shared = getattr(runner, "shared_kv_cache_layers", None) or {}
-    holes = HoleCounts(len(runner.attn_groups), runner.max_num_reqs)
+    # The V2 runner has no list of them, and puts them into their target's group.
+    shared = {getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()}
+    holes = HoleCounts(len(runner.attn_groups), runner.max_num_reqs, holes_by_slot)
     groups: dict[int, GroupPages] = {}
     num_blocks = runner.kv_cache_config.num_blocks
     for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
@@ -127,7 +133,7 @@ def connect(runner: Any, widths: list[int]) -> WorkerState:
         ]
         if spec.limits is None:
             continue
-        if sharing := set(shared.values()) & set(group.layer_names):
+        if sharing := shared & set(group.layer_names):
             raise SettingsError(
                 f"kvcompress: layers {sorted(sharing)} share their cache with other layers, "
                 "which cannot be combined with compression yet."

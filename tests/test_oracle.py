@@ -1,0 +1,169 @@
+"""The paged cache against the dense float32 oracle, on SmolLM2.
+
+Kept sets must agree per layer and head, greedy tokens must agree, and log-probabilities
+must lie within 1e-3 over 64 decoded tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+import torch
+from oracle import (
+    DenseOracle,
+    band_budgets,
+    kept_sets_agree,
+    max_logprob_difference,
+    untouched_base,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_kvcompress.settings import parse_settings
+
+BLOCK = 32
+NUM_LAYERS = 30
+
+NEAR_TIE = 5e-4
+"""Methods round their scores to 12 bits; the oracle does not."""
+
+
+@dataclass
+class Case:
+    """One engine and what it must show."""
+
+    settings: dict[str, Any]
+    compactions: int
+    """At least at so many positions."""
+    decoded: int = 64
+
+
+CASES = {
+    "knorm-256-flat": Case({"method": "knorm", "budget": 256, "interval": 16}, 3, decoded=96),
+    "knorm-512-pyramid": Case(
+        {"method": "knorm", "budget": 512, "bands": 6, "pyramid_beta": 2.0}, 1
+    ),
+    "keydiff-512-flat": Case({"method": "keydiff", "budget": 512}, 1),
+    "keydiff-256-pyramid": Case(
+        {
+            "method": "keydiff",
+            "budget": 256,
+            "bands": 6,
+            "pyramid_beta": 1.5,
+            "interval": 16,
+        },
+        3,
+        decoded=96,
+    ),
+    "knorm-512-during-prefill": Case(
+        {
+            "method": "knorm",
+            "budget": 512,
+            "bands": 6,
+            "pyramid_beta": 2.0,
+            "phase": "during_prefill",
+            "interval": 256,
+        },
+        3,
+    ),
+}
+
+SLOW = {
+    "knorm-256-pyramid": Case(
+        {"method": "knorm", "budget": 256, "bands": 6, "pyramid_beta": 1.5, "interval": 16},
+        3,
+        decoded=96,
+    ),
+    "knorm-512-flat": Case({"method": "knorm", "budget": 512}, 1),
+    "keydiff-512-pyramid": Case(
+        {"method": "keydiff", "budget": 512, "bands": 6, "pyramid_beta": 2.0}, 1
+    ),
+    "keydiff-256-flat": Case({"method": "keydiff", "budget": 256, "interval": 16}, 3, 96),
+    "keydiff-256-during-prefill": Case(
+        {"method": "keydiff", "budget": 256, "phase": "during_prefill", "interval": 192}, 3
+    ),
+    "knorm-ratio": Case({"method": "knorm", "keep_ratio": 0.25, "interval": 32}, 1),
+    "knorm-skip": Case({"method": "knorm", "budget": 256, "skip_layers": [0, 1]}, 1),
+    "streaming": Case({"method": "streaming", "budget": 256, "interval": 16}, 3, 96),
+    "random": Case({"method": "random", "budget": 256, "seed": 7}, 1),
+    "knorm-decode": Case(
+        {"method": "knorm", "budget": 128, "recent_tokens": 16, "interval": 32, "phase": "decode"},
+        1,
+        decoded=256,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(smollm: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm: Path) -> list[int]:
+    """About 1,600 tokens of plain text with a fact in the middle."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    source = Path(torch.__file__).with_name("nn") / "modules" / "transformer.py"
+    text = source.read_text()[:9000]
+    return tokenizer(text[:4500] + "\nThe pass key is 48213.\n" + text[4500:]).input_ids[:1613]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_paged_equals_dense(name: str, smollm: Path, dense: Any, prompt: list[int]) -> None:
+    check(CASES[name], smollm, dense, prompt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_paged_equals_dense_slow(name: str, smollm: Path, dense: Any, prompt: list[int]) -> None:
+    check(SLOW[name], smollm, dense, prompt)
+
+
+def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
+    with engines.engine(model, case.settings) as engine:
+        (found,) = engine.generate([prompt], case.decoded)
+        kept = engine.kept
+
+    settings = parse_settings(case.settings)
+    layers, budgets = band_budgets(settings, NUM_LAYERS, BLOCK, settings.bands or 1)
+    oracle = DenseOracle(dense, settings, BLOCK, layers, budgets)
+    live = live_positions(kept, untouched_base(settings, BLOCK, len(prompt)))
+    wanted = oracle.run(prompt, case.decoded, forced_tokens=found.tokens, forced_kept=live)
+
+    expected = [(c.position, layer) for c in wanted.compactions for layer in c.kept]
+    assert sorted(expected) == sorted(live)
+    assert len({position for position, _ in live}) >= case.compactions
+    for compaction in wanted.compactions:
+        for layer in compaction.kept:
+            assert kept_sets_agree(
+                compaction, layer, live[compaction.position, layer], rtol=NEAR_TIE
+            ), f"layer {layer} after {compaction.position} tokens"
+    greedy = wanted.logprobs.max(dim=-1)
+    difference = max_logprob_difference(wanted.token_logprobs, found.logprobs)
+    print(f"largest difference in log-probability {difference:.1e}")
+    assert difference <= 1e-3
+    assert ((greedy.values - wanted.token_logprobs) <= 1e-3).all(), "another token was likelier"
+
+
+def live_positions(
+    kept: list[tuple[Any, int, torch.Tensor]], base: int
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Positions in the cache after each compaction, ``[kv_heads, live]``, by (position, layer)."""
+    live: dict[tuple[int, int], torch.Tensor] = {}
+    current: dict[int, tuple[int, torch.Tensor]] = {}
+    for plan, layer, indices in kept:
+        heads = indices.shape[0]
+        since, before = current.get(layer, (0, torch.empty(heads, 0, dtype=torch.int64)))
+        new = torch.arange(since, plan.position).expand(heads, -1)
+        everything = torch.cat([before, new], dim=1)
+        end = base + len(plan.sources) * BLOCK
+        candidates = everything[:, base:end]
+        after = torch.cat(
+            [everything[:, :base], candidates.gather(1, indices), everything[:, end:]], dim=1
+        )
+        current[layer] = plan.position, after
+        live[plan.position, layer] = after
+    return live
