@@ -27,8 +27,8 @@ from vllm_kvcompress.settings import parse_settings
 BLOCK = 32
 NUM_LAYERS = 30
 
-NEAR_TIE = 5e-4
-"""Methods round their scores to 12 bits; the oracle does not."""
+NEAR_TIE = {"knorm": 5e-4, "keydiff": 5e-4}
+"""These methods round their scores to 12 bits; the oracle does not."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
     for compaction in wanted.compactions:
         for layer in compaction.kept:
             assert kept_sets_agree(
-                compaction, layer, live[compaction.position, layer], rtol=NEAR_TIE
+                compaction, layer, live[compaction.position, layer], rtol=NEAR_TIE.get(settings.method, 1e-6)
             ), f"layer {layer} after {compaction.position} tokens"
     greedy = wanted.logprobs.max(dim=-1)
     difference = max_logprob_difference(wanted.token_logprobs, found.logprobs)

@@ -86,7 +86,8 @@ class Limits:
             after = self.budget + interval
         else:
             assert self.ratio is not None
-            after = ceil(self.ratio * position) + self.recent + 2 * self.block_size + interval
+            sinks = max(1, -(-self.sinks // self.block_size)) * self.block_size
+            after = ceil(self.ratio * position) + self.recent + self.block_size + sinks + interval
         return min(position, max(first, after))
 
 

@@ -82,7 +82,7 @@ class Settings(BaseModel):
         "during_prefill (also every interval prompt tokens; bounds the peak), "
         "decode (generated tokens only).",
     )
-    seed: int = Field(0, ge=0, description="Seed of the random method.")
+    seed: int = Field(0, ge=0, le=1_000_000, description="Seed of the random method.")
 
     @field_validator("method")
     @classmethod

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vllm_kvcompress.methods.base import Method, ScoreContext, settle_near_ties
+from vllm_kvcompress.methods.base import Method, ScoreContext
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,5 @@ class KeyDiff(Method):
         """Negative cosine to the mean of the unit keys, ``[kv_heads, tokens]``."""
         unit = F.normalize(keys, dim=-1)
         anchor = F.normalize(unit.mean(dim=-2, keepdim=True), dim=-1)
-        return settle_near_ties(-torch.linalg.vecdot(unit, anchor))
+        # Coarser than rounding noise, which is absolute here, so that position decides ties.
+        return torch.round(torch.linalg.vecdot(unit, anchor) * -4096) / 4096

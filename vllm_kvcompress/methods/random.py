@@ -19,6 +19,11 @@ class Random(Method):
     def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
         """Uniform numbers, ``[kv_heads, tokens]``, drawn for all heads of the model."""
         heads, tokens, _ = keys.shape
+        if context.first_head + heads > context.total_heads:
+            raise ValueError(
+                f"heads {context.first_head} to {context.first_head + heads - 1} of a model "
+                f"with {context.total_heads}"
+            )
         generator = torch.Generator().manual_seed(
             (self.seed * 1_000_003 + context.layer) * 1_000_003 + context.position
         )
