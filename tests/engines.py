@@ -89,7 +89,10 @@ class Engine:
 
 @contextmanager
 def engine(model: Path, kvcompress: dict[str, Any] | None = None, **args: Any) -> Iterator[Engine]:
-    """Start an engine, compressed if ``kvcompress`` is given, and stop it afterwards."""
+    """Start an engine, compressed if ``kvcompress`` is given, and stop it afterwards.
+
+    With tensor parallelism the workers are other processes, so no plans are recorded.
+    """
     options: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 4096,
@@ -112,7 +115,7 @@ def engine(model: Path, kvcompress: dict[str, Any] | None = None, **args: Any) -
         preempt(request, *rest, **named)
 
     scheduler._preempt_request = count
-    if kvcompress is not None:
+    if kvcompress is not None and "tensor_parallel_size" not in args:
 
         def keep(plan: Any, layer: int, kept: torch.Tensor) -> None:
             if not running.plans or running.plans[-1] is not plan:

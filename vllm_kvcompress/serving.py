@@ -18,7 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from vllm_kvcompress import bundled, cli
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
@@ -132,20 +133,21 @@ def _converter(annotation: Any) -> Callable[[str], Any]:
 
     So there is one place, and one sentence, that says what a setting must look like.
     """
-    kinds = get_args(annotation) or (annotation,)
-    if get_origin(annotation) is tuple:
-        return lambda text: [_number(int, part) for part in text.split(",") if part.strip()]
+    origin = get_origin(annotation)
+    if origin is tuple:
+        return lambda text: [_read(int, part) for part in text.split(",") if part.strip()]
+    if origin is Literal:
+        return str
+    kinds = get_args(annotation) if origin in (Union, UnionType) else (annotation,)
     if bool in kinds:
         return lambda text: {"true": True, "false": False}.get(text.lower(), text)
-    for number in (int, float):
-        if number in kinds:
-            return functools.partial(_number, number)
-    if str in kinds or get_origin(annotation) is Literal:
-        return str
+    for kind in (int, float, str):
+        if kind in kinds:
+            return functools.partial(_read, kind)
     raise TypeError(f"no command-line form for a setting of type {annotation}")
 
 
-def _number(kind: type, text: str) -> Any:
+def _read(kind: type, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
@@ -263,7 +265,8 @@ def _demo_defaults() -> dict[str, Any]:
         "served_model_name": [bundled.MODEL_NAME],
         "block_size": DEMO_BLOCK_SIZE,
         "kv_cache_memory_bytes": DEMO_KV_CACHE_BYTES,
-        # On CPU, compiling takes minutes at every new setting and gains no speed on this model.
+        # On CPU, compiling takes minutes at every new setting, gains no speed on this model and,
+        # in bfloat16 with vLLM 0.32.0, makes it answer wrongly, with or without compression.
         "enforce_eager": current_platform.is_cpu(),
     }
 

@@ -66,6 +66,7 @@ class Settings(BaseModel):
     pyramid_beta: float = Field(
         1.0,
         gt=0,
+        allow_inf_nan=False,
         description="Steepness of the per-layer pyramid: layer k of m has "
         "budget * (1 + k/m * (1/beta - 1)); 1 is flat.",
     )

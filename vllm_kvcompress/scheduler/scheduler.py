@@ -54,7 +54,7 @@ class KVCompressSchedulerMixin(Scheduler):
             if not self.kvcompress.started(request.request_id):
                 cache_blocks(request, num_computed_tokens)
 
-        coordinator.cache_blocks = cache_exact_blocks  # type: ignore[method-assign]
+        coordinator.cache_blocks = cache_exact_blocks
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step and attach the compactions that must run before its forward."""

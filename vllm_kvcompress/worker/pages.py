@@ -167,11 +167,11 @@ def _strided_view(raw: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
             sizes = (heads, block_size // n2, n2, dim // d2, d2)
             split = offsets.permute(1, 0, 2).reshape(sizes)
             steps = [head_step, *(_step(split, axis) for axis in range(1, 5))]
-            grid = sum(
-                (torch.arange(n) * step).view([-1 if a == axis else 1 for a in range(5)])
-                for axis, (n, step) in enumerate(zip(sizes, steps, strict=True))
-            )
-            if torch.equal(grid + start, split):
+            grid = torch.full((1,) * 5, start)
+            for axis, (n, step) in enumerate(zip(sizes, steps, strict=True)):
+                shape = [-1 if a == axis else 1 for a in range(5)]
+                grid = grid + (torch.arange(n) * step).view(shape)
+            if torch.equal(grid, split):
                 return torch.as_strided(
                     raw,
                     (raw.shape[0], *sizes),

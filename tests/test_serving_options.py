@@ -1,0 +1,324 @@
+"""``serve.py``: its options, and the ``vllm serve`` command line they become."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_kvcompress import bundled, cli, serving
+from vllm_kvcompress.settings import Settings, SettingsError, parse_settings
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the machine's own settings, and ``sys.argv`` restored afterwards."""
+    monkeypatch.setattr(sys, "argv", ["serve.py"])
+    for variable in ("VLLM_PLUGINS", "VLLM_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A stand-in for the converted bundled model: its configuration only."""
+    directory = model(tmp_path / "bundled")
+    monkeypatch.setattr(bundled, "model_directory", lambda: Path(directory))
+    return directory
+
+
+def model(directory: Path, layers: int = 30, **config: Any) -> str:
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=layers, **config).save_pretrained(directory)
+    return str(directory)
+
+
+def command(*argv: str) -> serving.Command:
+    raw, rest = serving.split_arguments(argv)
+    return serving.build_command(raw, rest, serving.inspect_arguments(rest))
+
+
+def vllm_reads(argv: list[str]) -> argparse.Namespace:
+    """What ``vllm serve`` itself makes of a command line."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    return parser.parse_args(argv)
+
+
+# Options and settings
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "setting"),
+    [
+        ("method", "keydiff", "keydiff"),
+        ("budget", "512", 512),
+        ("keep-ratio", "0.25", 0.25),
+        ("keep-ratio", "1", 1.0),
+        ("prune-after", "1000", 1000),
+        ("sink-tokens", "8", 8),
+        ("recent-tokens", "32", 32),
+        ("skip-layers", "0,1", (0, 1)),
+        ("skip-layers", "", ()),
+        ("pyramid-beta", "4", 4.0),
+        ("bands", "6", 6),
+        ("interval", "64", 64),
+        ("phase", "during_prefill", "during_prefill"),
+        ("seed", "7", 7),
+    ],
+)
+def test_option_becomes_setting(option: str, value: str, setting: object) -> None:
+    name = option.replace("-", "_")
+    for argv in (
+        [f"--kvcompress-{option}", value],
+        [f"--kvcompress-{option}={value}"],
+        [f"--kvcompress_{name}={value}"],
+    ):
+        raw, rest = serving.split_arguments(argv)
+        assert rest == []
+        assert getattr(parse_settings(raw), name) == setting
+
+
+def test_every_setting_has_an_option() -> None:
+    parser = argparse.ArgumentParser()
+    serving.add_options(parser)
+    options = {flag for action in parser._actions for flag in action.option_strings}
+    for name in Settings.model_fields:
+        assert "--kvcompress-" + name.replace("_", "-") in options
+    assert parser.parse_args([]) == argparse.Namespace()  # no defaults of its own
+
+
+def test_setting_types_with_and_without_a_command_line_form() -> None:
+    assert serving._converter(bool)("true") is True
+    assert serving._converter(bool | None)("False") is False
+    assert serving._converter(int | None)("many") == "many"
+    with pytest.raises(TypeError):
+        serving._converter(dict[str, int])
+
+
+def test_other_arguments_are_kept_in_order() -> None:
+    raw, rest = serving.split_arguments(
+        ["model", "--port", "9", "--kvcompress-budget", "512", "-tp", "2", "--x.y", "-1"]
+    )
+    assert raw == {"budget": 512}
+    assert rest == ["model", "--port", "9", "-tp", "2", "--x.y", "-1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--kvcompress-budget", "abc"], ["budget='abc'", "integer"]),
+        (["--kvcompress-budget", "-5"], ["budget=-5"]),
+        (["--kvcompress-budget"], ["--kvcompress-budget", "expected one argument"]),
+        (["--kvcompress-method", "bogus"], ["method='bogus'", "knorm", "none"]),
+        (["--kvcompress-phase", "later"], ["phase='later'", "after_prefill"]),
+        (["--kvcompress-keep-ratio", "2"], ["keep_ratio=2.0"]),
+        (["--kvcompress-skip-layers", "0,x"], ["skip_layers", "'x'", "integer"]),
+        (["--kvcompress-budgte", "1"], ["--kvcompress-budgte", "--kvcompress-budget"]),
+        (["--kvcompress-bud", "512"], ["--kvcompress-bud;"]),
+        (["--kvcompress-budget", "512", "--kvcompress-keep-ratio", "0.5"], ["512", "0.5"]),
+        (["--additional-config", "[1]"], ["--additional-config", "JSON object"]),
+        (["--additional-config", '{"kvcompress": 3}'], ["int"]),
+        (["--kvcompress-skip-layers", "30"], ["skip_layers", "0 to 29"]),
+        (["--kvcompress-budget", "32"], ["budget=32"]),
+    ],
+)
+def test_bad_settings_end_with_one_sentence(
+    demo: str, argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serving.main(argv) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    sentence = output.err.strip()
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    for word in words:
+        assert word in sentence
+
+
+def test_option_unknown_to_vllm_ends_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        serving.main(["--no-such-option", "3"])
+    assert stopped.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+def test_help_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        serving.main(["--help"])
+    assert stopped.value.code == 0
+    output = capsys.readouterr().out
+    assert "--kvcompress-budget" in output
+    assert "CacheConfig" in output
+
+
+# The command for vLLM
+
+
+def test_settings_travel_in_additional_config() -> None:
+    built = command("m", "--kvcompress-budget", "512", "--port", "9000")
+    values = vllm_reads(built.argv)
+    assert built.argv[:4] == ["serve", "m", "--port", "9000"]
+    assert values.additional_config == {"kvcompress": {"budget": 512}}
+    assert (values.model_tag, values.port) == ("m", 9000)
+
+
+def test_compression_is_on_without_any_option() -> None:
+    assert vllm_reads(command("m").argv).additional_config == {"kvcompress": {}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--additional-config", '{"a": {"b": [1]}, "kvcompress": {"budget": 64, "bands": 1}}'],
+        ['--additional_config={"a": {"b": [1]}, "kvcompress": {"budget": 64, "bands": 1}}'],
+        [
+            "--additional-config.a.b+",
+            "1",
+            '--additional_config.kvcompress={"budget": 64, "bands": 1}',
+        ],
+    ],
+)
+def test_additional_config_is_merged_and_options_win(given: list[str]) -> None:
+    built = command("m", *given, "--seed", "3", "--kvcompress-budget", "512")
+    values = vllm_reads(built.argv)
+    assert values.additional_config["kvcompress"] == {"budget": 512, "bands": 1}
+    assert list(map(int, values.additional_config["a"]["b"])) == [1]
+    assert values.seed == 3
+    assert built.settings.bands == 1
+
+
+def test_additional_config_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: m\nport: 9000\nadditional-config:\n  a: 1\n")
+    built = command("--config", str(file), "--kvcompress-budget", "512")
+    values = vllm_reads(built.argv)
+    assert built.model == values.model == "m"
+    assert values.additional_config == {"a": 1, "kvcompress": {"budget": 512}}
+    assert values.port == 9000
+
+
+def test_method_none_is_stock_vllm() -> None:
+    arguments = ["m", "--port", "9000", "--additional-config", '{"a": 1}']
+    assert command("--kvcompress-method", "none", *arguments).argv == ["serve", *arguments]
+    config = '{"a": 1, "kvcompress": {"budget": 512}}'
+    built = command("m", "--additional-config", config, "--kvcompress-method", "none")
+    assert vllm_reads(built.argv).additional_config == {"a": 1}
+
+
+def test_no_model_means_the_bundled_one(demo: str) -> None:
+    values = vllm_reads(command("--kvcompress-budget", "512").argv)
+    assert values.model_tag == demo
+    assert (values.host, values.port) == ("127.0.0.1", 8000)
+    assert values.served_model_name == ["SmolLM2-135M-Instruct"]
+    assert values.block_size == 32
+    assert values.kv_cache_memory_bytes == 512 * 2**20
+
+
+def test_defaults_of_the_demo_give_way(demo: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("kv-cache-memory-bytes: 1g\n")
+    argv = ["--host", "0.0.0.0", "--block_size=64", "--served-model-name", "a", "b"]
+    argv += ["--no-enforce-eager", "--config", str(file)]
+    values = vllm_reads(command(*argv).argv)
+    assert values.model_tag == demo
+    assert (values.host, values.block_size) == ("0.0.0.0", 64)
+    assert values.served_model_name == ["a", "b"]
+    assert values.kv_cache_memory_bytes == 10**9
+    assert not values.enforce_eager
+
+
+def test_share_of_memory_replaces_the_default_amount(demo: str) -> None:
+    values = vllm_reads(command("--gpu-memory-utilization", "0.5").argv)
+    assert values.kv_cache_memory_bytes is None
+
+
+def test_a_named_model_gets_no_demo_defaults() -> None:
+    stock, ours = vllm_reads(["serve", "m"]), vllm_reads(command("m").argv)
+    ours.additional_config = stock.additional_config
+    assert vars(ours) == vars(stock)
+
+
+def test_hands_over_to_the_vllm_command(demo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(serving, "require_plugin", lambda: None)
+    monkeypatch.setattr(cli, "main", lambda: seen.append(sys.argv) or 0)
+    assert serving.main(["--kvcompress-budget", "512"]) == 0
+    assert seen[0][:3] == ["vllm", "serve", demo]
+
+
+# A plugin that vLLM does not load would mean no compression, silently
+
+
+def test_missing_entry_point_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "entry_points", lambda **_: ())
+    with pytest.raises(SettingsError, match="not installed"):
+        serving.require_plugin()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "refused"), [(None, False), ("kvcompress,other", False), ("other", True)]
+)
+def test_plugin_left_out_by_vllm_is_refused(
+    allowed: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "entry_points", lambda **_: ("plugin",))
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    if not refused:
+        serving.require_plugin()
+        return
+    with pytest.raises(SettingsError, match="VLLM_PLUGINS"):
+        serving.require_plugin()
+
+
+# What is printed
+
+
+def test_announcement_of_the_demo(demo: str) -> None:
+    text = serving.announcement(command("--kvcompress-budget", "512", "--port", "9000"))
+    assert "http://127.0.0.1:9000" in text
+    body = json.loads(text.split("-d '")[1].split("'")[0])
+    assert body["model"] == "SmolLM2-135M-Instruct"
+    assert "/v1/chat/completions" in text
+    for word in ("knorm", "512", "2,048", "4,096", "8,192"):
+        assert word in text
+
+
+def test_announcement_of_stock_vllm(demo: str) -> None:
+    text = serving.announcement(command("--kvcompress-method", "none"))
+    assert "Compression is off" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "curl http://127.0.0.1:8000/v1/completions"),
+        (["--host", "0.0.0.0"], "curl http://127.0.0.1:8000/v1"),
+        (["--host", "::1", "--port", "9000"], "http://[::1]:9000/v1"),
+        (["--ssl-certfile", "cert.pem"], "https://127.0.0.1:8000"),
+        (["--uds", "/tmp/a socket"], "--unix-socket '/tmp/a socket'"),
+        (["--api-key", "secret"], "Bearer $VLLM_API_KEY"),
+        (["--served-model-name", "short", "long"], '"model": "short"'),
+    ],
+)
+def test_example_request(argv: list[str], expected: str) -> None:
+    text = serving.announcement(command("m", *argv))
+    assert expected in text
+    assert "secret" not in text
+
+
+def test_layer_count_only_where_it_is_certain(tmp_path: Path) -> None:
+    from transformers import MistralConfig
+
+    assert serving.uniform_layer_count(model(tmp_path / "plain", layers=12)) == 12
+    assert serving.uniform_layer_count(str(tmp_path / "nowhere")) is None
+    MistralConfig(sliding_window=64).save_pretrained(tmp_path / "sliding")
+    assert serving.uniform_layer_count(str(tmp_path / "sliding")) is None
