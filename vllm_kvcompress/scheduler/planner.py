@@ -131,7 +131,7 @@ class Planner:
         if state is None or not state.trajectory.position:
             return False
         computed = self.requests[request_id].num_computed_tokens
-        return group in state.open_groups(computed)
+        return state.trajectory.position == computed and group in state.open_groups(computed)
 
     def compact(self, group: int, request_id: str, row: list[KVCacheBlock]) -> None:
         """Plan the compaction due now for a request in one group, if there is one.

@@ -11,7 +11,7 @@ from vllm.utils import torch_utils
 
 from vllm_kvcompress.methods import Method, ScoreContext, select_tokens
 from vllm_kvcompress.scheduler.plan import CompactionPlan
-from vllm_kvcompress.worker.pages import LayerPages
+from vllm_kvcompress.worker.pages import LayerPages, take_tokens
 
 
 @dataclass
@@ -92,22 +92,19 @@ class Compactor:
 
     def _run(self, plan: CompactionPlan) -> None:
         group = self.groups[plan.group]
-        device = next(iter(group.layers.values())).keys.device
-        sources, destinations = (
-            # From pinned memory: a copy from pageable memory may wait for the device.
-            torch_utils.async_tensor_h2d(blocks, device=device, dtype=torch.int64)
-            for blocks in (plan.sources, plan.destinations)
-        )
+        device = next(iter(group.layers.values())).device
+        # From pinned memory: a copy from pageable memory may wait for the device.
+        sources = torch_utils.async_tensor_h2d(plan.sources, device, torch.int64)
+        destinations = torch_utils.async_tensor_h2d(plan.destinations, device, torch.int64)
         keep = len(plan.destinations) * self.block_size
         for layer, pages in group.layers.items():
-            keys = pages.read(pages.keys, sources)
+            keys = pages.keys.read(sources)
             context = ScoreContext(layer, plan.position, self.first_head, self.total_heads)
             floats = pages.as_float(keys) if self.method.needs_keys else keys
             kept = select_tokens(self.method.score(floats, context), keep, group.sinks)
             if self.on_kept is not None:
                 self.on_kept(plan, layer, kept)
-            index = kept.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
             # Both reads come before the writes: a destination may be a source.
-            values = pages.read(pages.values, sources).gather(1, index)
-            pages.write(pages.keys, destinations, keys.gather(1, index))
-            pages.write(pages.values, destinations, values)
+            values = pages.values.take(sources, kept)
+            pages.keys.write(destinations, take_tokens(keys, kept))
+            pages.values.write(destinations, values)

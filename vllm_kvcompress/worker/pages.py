@@ -2,11 +2,14 @@
 
 The interior of a page differs by attention backend and instruction set (token-major,
 transposed, packed in pairs), so it is not written down anywhere here: it is learned at
-start-up from where the layer's own cache update puts known numbers.
+start-up from where the layer's own cache update puts known numbers. What is learned
+decides how elements are moved: in contiguous runs where there are any, one by one where
+there are none.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ class PageLayoutError(RuntimeError):
 
 
 class LayerPages:
-    """Keys and values of one layer's pages as strided views, learned from the backend.
+    """Keys and values in the pages of one layer.
 
     Parameters
     ----------
@@ -38,6 +41,12 @@ class LayerPages:
         Tokens per block, KV heads held here, elements per key.
     cache_dtype : str
         vLLM's name of the cache type.
+
+    Attributes
+    ----------
+    keys, values : PagePart
+    shape : tuple of int
+        ``(block_size, num_heads, head_dim)``.
 
     Raises
     ------
@@ -55,39 +64,150 @@ class LayerPages:
         cache_dtype: str,
     ) -> None:
         self.element = FP8_DTYPES.get(cache_dtype, cache.dtype)
-        self.raw = RAW_DTYPES[cache.element_size()]
         self.shape = (block_size, num_heads, head_dim)
+        self.device = cache.device
+        raw = cache.view(RAW_DTYPES[cache.element_size()])
         keys, values = _learn_offsets(layer, cache, self.element, self.shape)
-        raw = cache.view(self.raw)
-        self.keys = _strided_view(raw, keys)
-        self.values = _strided_view(raw, values)
-
-    def read(self, pages: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """Copy the elements of some blocks.
-
-        Parameters
-        ----------
-        pages : torch.Tensor
-            ``self.keys`` or ``self.values``.
-        blocks : torch.Tensor
-            ``[n]``, int64, block ids on the cache's device.
-
-        Returns
-        -------
-        torch.Tensor
-            ``[kv_heads, n * block_size, head_dim]``, raw integers, in block order.
-        """
-        block_size, heads, dim = self.shape
-        return pages[blocks].transpose(0, 1).reshape(heads, len(blocks) * block_size, dim)
-
-    def write(self, pages: torch.Tensor, blocks: torch.Tensor, elements: torch.Tensor) -> None:
-        """Fill blocks with ``elements``, shaped as :meth:`read` returns them."""
-        heads = elements.shape[0]
-        pages[blocks] = elements.reshape(heads, len(blocks), *pages.shape[2:]).transpose(0, 1)
+        self.keys = _part(raw, keys)
+        self.values = _part(raw, values)
 
     def as_float(self, elements: torch.Tensor) -> torch.Tensor:
         """Raw integers as float32 numbers (without the layer's fp8 scale)."""
         return elements.view(self.element).float()
+
+
+class PagePart(ABC):
+    """The keys or the values in the pages of one layer.
+
+    Blocks are given as ``[n]``, int64, on the cache's device; elements are raw integers
+    ``[kv_heads, n * block_size, head_dim]`` in block order, not always contiguous.
+    """
+
+    @abstractmethod
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Copy the elements of some blocks."""
+
+    @abstractmethod
+    def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
+        """Fill blocks with elements."""
+
+    def take(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Copy some tokens of some blocks.
+
+        Parameters
+        ----------
+        blocks : torch.Tensor
+            ``[n]``, int64.
+        tokens : torch.Tensor
+            ``[kv_heads, kept]``, int64, indices into the blocks' tokens.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[kv_heads, kept, head_dim]``.
+        """
+        return take_tokens(self.read(blocks), tokens)
+
+
+def take_tokens(elements: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Pick tokens per head: ``[heads, n, dim]`` by ``[heads, kept]`` to ``[heads, kept, dim]``."""
+    if elements.stride(-1) != 1:
+        # Token-minor: gather along the minor axis.
+        index = tokens.unsqueeze(1).expand(-1, elements.shape[-1], -1)
+        return elements.transpose(1, 2).gather(2, index).transpose(1, 2)
+    heads, length, dim = elements.shape
+    first = torch.arange(0, heads * length, length, device=tokens.device)
+    rows = (tokens + first[:, None]).flatten()
+    return elements.reshape(heads * length, dim).index_select(0, rows).view(heads, -1, dim)
+
+
+class TokenMajor(PagePart):
+    """Each token's elements of a head are contiguous: a run is one key or value."""
+
+    def __init__(self, raw: torch.Tensor, offsets: torch.Tensor) -> None:
+        _, self.heads, self.length = offsets.shape
+        self.runs = _runs(raw, self.length)
+        self.page_runs = raw.stride(0) // self.length
+        self.table = (offsets[..., 0].T // self.length).contiguous().to(raw.device)
+        """``[kv_heads, block_size]``: run of each token in its page."""
+
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        return self.runs.index_select(0, self._ids(blocks)).view(self.heads, -1, self.length)
+
+    def take(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        ids = self._ids(blocks).view(self.heads, -1).gather(1, tokens)
+        return self.runs.index_select(0, ids.flatten()).view(self.heads, -1, self.length)
+
+    def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
+        self.runs.index_copy_(0, self._ids(blocks), elements.reshape(-1, self.length))
+
+    def _ids(self, blocks: torch.Tensor) -> torch.Tensor:
+        return (blocks[:, None] * self.page_runs + self.table[:, None, :]).flatten()
+
+
+class TokenMinor(PagePart):
+    """Each dimension's elements of a head are contiguous: a run is one dimension of a block."""
+
+    def __init__(self, raw: torch.Tensor, offsets: torch.Tensor) -> None:
+        self.length, self.heads, self.dim = offsets.shape
+        self.runs = _runs(raw, self.length)
+        self.page_runs = raw.stride(0) // self.length
+        self.table = (offsets[0] // self.length).contiguous().to(raw.device)
+        """``[kv_heads, head_dim]``: run of each dimension in its page."""
+
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        read = self.runs.index_select(0, self._ids(blocks))
+        return read.view(self.heads, self.dim, -1).transpose(1, 2)
+
+    def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
+        runs = elements.transpose(1, 2).reshape(-1, self.length)
+        self.runs.index_copy_(0, self._ids(blocks), runs)
+
+    def _ids(self, blocks: torch.Tensor) -> torch.Tensor:
+        return (blocks * self.page_runs + self.table[:, :, None]).flatten()
+
+
+class Packed(PagePart):
+    """Tokens and dimensions are interleaved: moved through a strided view.
+
+    The view is ``[blocks, H, N1, N2, D1, D2]``: tokens and dimensions may each be split.
+    """
+
+    def __init__(self, raw: torch.Tensor, offsets: torch.Tensor) -> None:
+        self.block_size, self.heads, self.dim = offsets.shape
+        self.pages = _strided_view(raw, offsets)
+
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        length = len(blocks) * self.block_size
+        return self.pages[blocks].transpose(0, 1).reshape(self.heads, length, self.dim)
+
+    def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
+        shape = (self.heads, len(blocks), *self.pages.shape[2:])
+        self.pages[blocks] = elements.reshape(shape).transpose(0, 1)
+
+
+def _part(raw: torch.Tensor, offsets: torch.Tensor) -> PagePart:
+    """Choose how to move a part from the offsets ``[N, H, D]`` of its elements."""
+    block_size, _, dim = offsets.shape
+    if _in_runs(offsets, raw.stride(0)) and dim > 1:
+        return TokenMajor(raw, offsets)
+    if _in_runs(offsets.permute(2, 1, 0), raw.stride(0)) and block_size > 1:
+        return TokenMinor(raw, offsets)
+    return Packed(raw, offsets)
+
+
+def _in_runs(offsets: torch.Tensor, page: int) -> bool:
+    """Whether the last axis is contiguous, with every run at a multiple of its length."""
+    first, length = offsets[..., :1], offsets.shape[-1]
+    contiguous = torch.equal(offsets, first + torch.arange(length))
+    return contiguous and page % length == 0 and not bool((first % length).any())
+
+
+def _runs(raw: torch.Tensor, length: int) -> torch.Tensor:
+    """A layer's cache as rows of ``length`` elements."""
+    last_page = 1 + sum((n - 1) * s for n, s in zip(raw.shape[1:], raw.stride()[1:], strict=True))
+    elements = (raw.shape[0] - 1) * raw.stride(0) + last_page
+    return torch.as_strided(raw, (elements // length, length), (length, 1))
 
 
 def _learn_offsets(
