@@ -139,7 +139,10 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
     for compaction in wanted.compactions:
         for layer in compaction.kept:
             assert kept_sets_agree(
-                compaction, layer, live[compaction.position, layer], rtol=NEAR_TIE.get(settings.method, 1e-6)
+                compaction,
+                layer,
+                live[compaction.position, layer],
+                rtol=NEAR_TIE.get(settings.method, 1e-6),
             ), f"layer {layer} after {compaction.position} tokens"
     greedy = wanted.logprobs.max(dim=-1)
     difference = max_logprob_difference(wanted.token_logprobs, found.logprobs)

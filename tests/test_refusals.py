@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_kvcompress.config import SCHEDULERS, WORKERS
 from vllm_kvcompress.settings import SettingsError
 
+
 @pytest.fixture(scope="module")
 def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Only the configuration of a Llama with 30 layers: no weights are ever read."""

@@ -208,8 +208,7 @@ def _number_of_bands(
     wanted = settings.bands
     if wanted is None:
         wanted = 1 if settings.pyramid_beta == 1 else min(AUTO_BANDS, num_layers)
-        if good:
-            return min(good, key=lambda count: (abs(count - wanted), count))
+        return min(good, key=lambda count: (abs(count - wanted), count))
     if wanted in good:
         return wanted
     if wanted > num_layers:
@@ -221,11 +220,8 @@ def _number_of_bands(
             f"wastes {padding:.0%} of the memory"
         )
     nearest = sorted(good, key=lambda count: (abs(count - wanted), count))[:3]
-    advice = (
-        f"the nearest good choices are {', '.join(map(str, sorted(nearest)))}"
-        if nearest
-        else "no number of bands fits; change skip_layers"
-    )
+    # There always is one: as many bands as layers need no padding.
+    advice = f"the nearest good choices are {', '.join(map(str, sorted(nearest)))}"
     raise SettingsError(f"kvcompress: bands={wanted} is not allowed: {problem}; {advice}.")
 
 

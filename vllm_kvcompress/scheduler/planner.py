@@ -220,6 +220,8 @@ class Planner:
         if in_place > len(hashed):
             return None
         if in_place:
-            pool.evict_blocks({block.block_id for block in hashed[:in_place]})
-            chosen += hashed[:in_place]
+            # The latest ones: the start of the prompt stays findable.
+            taken = hashed[-in_place:]
+            pool.evict_blocks({block.block_id for block in taken})
+            chosen += taken
         return chosen + pool.get_new_blocks(fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from vllm.logger import init_logger
@@ -19,6 +20,9 @@ from vllm_kvcompress.scheduler.trajectory import Schedule
 from vllm_kvcompress.settings import CONFIG_KEY, parse_settings
 
 logger = init_logger("vllm.kvcompress")
+
+LOG_INTERVAL = 10.0
+"""Seconds between two log lines with totals, while they change."""
 
 
 class KVCompressSchedulerMixin(Scheduler):
@@ -42,6 +46,8 @@ class KVCompressSchedulerMixin(Scheduler):
             self.kv_cache_manager.block_pool,
         )
         self._kvcompress_method = settings.method
+        self._logged_compactions = 0
+        self._logged_at = time.monotonic()
         for manager in coordinator.single_type_managers:
             if isinstance(manager, CompressedAttentionManager):
                 manager.bind(self.kvcompress)
@@ -61,6 +67,15 @@ class KVCompressSchedulerMixin(Scheduler):
         output = super().schedule(throttle_prefills)
         if plans := self.kvcompress.take_plans():
             setattr(output, PLANS_ATTRIBUTE, plans)
+            if output.new_block_ids_to_zero:
+                # Workers zero after they compact: a block that a request preempted in this
+                # very step had taken may be written by a plan by now.
+                written = {block for plan in plans for block in plan.destinations}
+                output.new_block_ids_to_zero = [
+                    block for block in output.new_block_ids_to_zero if block not in written
+                ]
+        if time.monotonic() - self._logged_at >= LOG_INTERVAL:
+            self._log_totals()
         return output
 
     def _reserve_prefill_lookahead(
@@ -83,8 +98,18 @@ class KVCompressSchedulerMixin(Scheduler):
         return blocks, hit, boundary, diverged
 
     def shutdown(self) -> None:
-        """Log the totals, so that a compressor that did nothing is seen to have done so."""
+        """Log the totals once more, also if nothing was ever compressed."""
+        self._logged_compactions = -1
+        self._log_totals()
+        super().shutdown()
+
+    def _log_totals(self) -> None:
+        """Log the totals if they changed, so that a compressor that does nothing is seen."""
         totals = self.kvcompress.totals
+        self._logged_at = time.monotonic()
+        if totals.compactions == self._logged_compactions:
+            return
+        self._logged_compactions = totals.compactions
         logger.info(
             "kvcompress: %s compacted %d requests in %d steps per group, removed %d tokens "
             "and freed %d blocks (%d waits for blocks).",
@@ -95,7 +120,6 @@ class KVCompressSchedulerMixin(Scheduler):
             totals.blocks_freed,
             totals.waits,
         )
-        super().shutdown()
 
 
 class KVCompressScheduler(KVCompressSchedulerMixin, Scheduler):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
 from vllm_kvcompress.attention.holes import HoleCounts
@@ -118,6 +119,7 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     config: VllmConfig = runner.vllm_config
     settings = parse_settings(config.additional_config[CONFIG_KEY])
     layers = config.compilation_config.static_forward_context
+    _check_groups(runner.get_kv_cache_spec(), runner.kv_cache_config.kv_cache_groups)
     # The V2 runner has no list of them, and puts them into their target's group.
     shared = {
         target
@@ -159,6 +161,18 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     method = METHODS[settings.method](seed=settings.seed)
     compactor = Compactor(groups, method, block_size, first, max(total, heads))
     return WorkerState(compactor, holes)
+
+
+def _check_groups(intended: dict[str, KVCacheSpec], groups: Sequence[KVCacheGroupSpec]) -> None:
+    """Fail if a layer landed in a group of another spec: it would silently be left alone."""
+    for group in groups:
+        for name in group.layer_names:
+            spec = intended.get(name)
+            if isinstance(spec, CompressedAttentionSpec) and spec != group.kv_cache_spec:
+                raise SettingsError(
+                    f"kvcompress: {name} was meant for band {spec.band}, but vLLM put it into "
+                    f"a group with {type(group.kv_cache_spec).__name__}."
+                )
 
 
 def _pages(layer: Any, spec: CompressedAttentionSpec, num_blocks: int, dtype: str) -> LayerPages:

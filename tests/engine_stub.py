@@ -1,0 +1,390 @@
+"""A real scheduler without a model, and a worker that only keeps books.
+
+The scheduler side is the true one: vLLM's block pool, managers and scheduler with our
+subclasses. The worker does what the V1 runner does with block tables and stores, for each
+slot of each physical block, *which* token's keys and values are there.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_kvcompress import plugin
+from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
+from vllm_kvcompress.scheduler.scheduler import (
+    KVCompressAsyncScheduler,
+    KVCompressScheduler,
+    KVCompressSchedulerMixin,
+)
+from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.settings import CONFIG_KEY, Phase
+
+STOP_TOKEN = 9
+MAX_MODEL_LEN = 256
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a test may vary about an engine; ``limits`` has one entry per KV cache group."""
+
+    limits: tuple[Limits | None, ...]
+    block_size: int = 4
+    num_blocks: int = 40
+    phase: Phase = "after_prefill"
+    interval: int = 8
+    prune_after: int = 0
+    caching: bool = True
+    asynchronous: bool = False
+    v2_runner: bool = False
+    priority: bool = False
+    zeroing: bool = False
+    whole_prompt_must_fit: bool = True
+    tokens_per_step: int = 32
+    max_requests: int = 6
+
+
+@functools.cache
+def _model_config() -> ModelConfig:
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    plugin.register()
+    init_none_hash(sha256)
+    with tempfile.TemporaryDirectory() as path:
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=64,
+            max_position_embeddings=MAX_MODEL_LEN,
+            architectures=["LlamaForCausalLM"],
+        ).save_pretrained(path)
+        return ModelConfig(
+            model=path, skip_tokenizer_init=True, dtype="float32", max_model_len=MAX_MODEL_LEN
+        )
+
+
+@functools.cache
+def _vllm_config() -> VllmConfig:
+    return VllmConfig(
+        model_config=_model_config(),
+        cache_config=CacheConfig(block_size=32),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=4,
+            max_num_batched_tokens=MAX_MODEL_LEN,
+            max_model_len=MAX_MODEL_LEN,
+            is_encoder_decoder=False,
+        ),
+    )
+
+
+def build_scheduler(options: EngineOptions) -> KVCompressSchedulerMixin:
+    """Our scheduler for these options; vLLM's config is shared, so it is read at once."""
+    config = _vllm_config()
+    config.additional_config = {
+        CONFIG_KEY: {
+            "phase": options.phase,
+            "interval": options.interval,
+            "prune_after": options.prune_after,
+        }
+    }
+    config.cache_config.block_size = options.block_size
+    config.cache_config.num_gpu_blocks = options.num_blocks
+    config.cache_config.enable_prefix_caching = options.caching
+    scheduling = config.scheduler_config
+    scheduling.max_num_seqs = options.max_requests
+    scheduling.max_num_batched_tokens = options.tokens_per_step
+    scheduling.async_scheduling = options.asynchronous
+    scheduling.policy = "priority" if options.priority else "fcfs"
+    scheduling.scheduler_reserve_full_isl = options.whole_prompt_must_fit
+    groups = [
+        KVCacheGroupSpec(
+            [f"model.layers.{index}.self_attn"],
+            CompressedAttentionSpec(
+                block_size=options.block_size,
+                num_kv_heads=1,
+                head_size=16,
+                dtype=torch.float32,
+                band=-1 if limits is None else index,
+                limits=limits,
+                phase=options.phase,
+                interval=options.interval,
+                prune_after=options.prune_after,
+            ),
+        )
+        for index, limits in enumerate(options.limits)
+    ]
+    cls = KVCompressAsyncScheduler if options.asynchronous else KVCompressScheduler
+    scheduler = cls(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(options.num_blocks, [], groups),
+        structured_output_manager=SimpleNamespace(accept_tokens=lambda request, tokens: True),
+        block_size=options.block_size,
+    )
+    scheduler.use_v2_model_runner = options.v2_runner
+    if options.zeroing:
+        scheduler.needs_kv_cache_zeroing = True
+        for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+            manager._record_new_block_ids = True
+    return scheduler
+
+
+def make_request(
+    options: EngineOptions, name: str, prompt: Sequence[int], max_tokens: int, priority: int = 0
+) -> Request:
+    """A request that ends after ``max_tokens`` or at the stop token."""
+    return Request(
+        request_id=name,
+        prompt_token_ids=list(prompt),
+        sampling_params=SamplingParams(max_tokens=max_tokens, stop_token_ids=[STOP_TOKEN]),
+        pooling_params=None,
+        priority=priority,
+        arrival_time=float(name),
+        block_hasher=get_request_block_hasher(options.block_size, sha256),
+    )
+
+
+def block_rows(scheduler: KVCompressSchedulerMixin) -> dict[str, list[list[Any]]]:
+    """The managers' block lists by request, one list per group."""
+    rows: dict[str, list[list[Any]]] = {}
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    for group, manager in enumerate(managers):
+        for name, row in manager.req_to_blocks.items():
+            rows.setdefault(name, [[] for _ in managers])[group] = row
+    return rows
+
+
+def run_alone(
+    options: EngineOptions, texts: Texts, prompt: Sequence[int], outputs: int
+) -> list[PlanRecord]:
+    """Compactions of one request in an engine of its own with room for everything."""
+    alone = replace(
+        options, num_blocks=500, caching=False, asynchronous=False, priority=False, v2_runner=False
+    )
+    scheduler, worker = build_scheduler(alone), BookkeepingWorker(alone, texts)
+    scheduler.add_request(make_request(alone, "0", prompt, outputs))
+    while "0" in scheduler.requests:
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, worker.execute(output, scheduler.requests))
+    return worker.requests["0"].plans
+
+
+class Texts:
+    """Names every distinct prefix of tokens by a number, and plays the model."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[int, int], int] = {}
+
+    def extend(self, nodes: list[int], tokens: Iterable[int]) -> None:
+        """Add the prefixes that end at each of ``tokens`` to the list of prefixes so far."""
+        for token in tokens:
+            key = (nodes[-1] if nodes else 0, token)
+            nodes.append(self._nodes.setdefault(key, len(self._nodes) + 1))
+
+    def document(self, first: int, length: int) -> list[int]:
+        """The model's own text after a first token, so that prompts and outputs coincide."""
+        tokens, nodes = [first], []
+        self.extend(nodes, tokens)
+        while len(tokens) < length:
+            tokens.append(self.next_token(nodes[-1]))
+            self.extend(nodes, tokens[-1:])
+        return tokens
+
+    @staticmethod
+    def next_token(node: int) -> int:
+        """What the model says after a prefix: the same whenever it is asked."""
+        mixed = (node * 2654435761 & 0xFFFFFFFF) >> 12
+        return STOP_TOKEN if mixed % 61 == 0 else 1 + mixed % 2
+
+
+PlanRecord = tuple[int, int, int, int]
+"""Position, group, blocks read and blocks kept of a compaction."""
+
+
+@dataclass
+class WorkerRequest:
+    """A worker's view of one request.
+
+    Attributes
+    ----------
+    tokens, nodes : list of int
+        Known tokens, and the prefix that ends at each of them.
+    rows : list of list of int
+        Block table row per group.
+    live : list of list of int
+        What the cache of each group should hold, in age order.
+    holes : list of int
+        Null blocks at the start of each row.
+    computed : int
+        Tokens computed so far.
+    plans : list of PlanRecord
+        Compactions since the request was started or resumed.
+    """
+
+    tokens: list[int]
+    rows: list[list[int]]
+    live: list[list[int]]
+    holes: list[int]
+    computed: int
+    nodes: list[int] = field(default_factory=list)
+    plans: list[PlanRecord] = field(default_factory=list)
+
+
+class BookkeepingWorker:
+    """Executes scheduler outputs on a model of the pages.
+
+    A slot holds ``exact(node, group)`` for a token computed with its whole past, or a
+    number used once and never again for a token computed with a compressed past.
+    """
+
+    def __init__(self, options: EngineOptions, texts: Texts) -> None:
+        self.size = options.block_size
+        self.groups = len(options.limits)
+        self.texts = texts
+        self.pages = [[0] * self.size for _ in range(options.num_blocks)]
+        self.requests: dict[str, WorkerRequest] = {}
+        self._inexact = itertools.count(-1, -1)
+
+    @staticmethod
+    def exact(node: int, group: int) -> int:
+        """What a slot holds for the last token of a prefix, computed in full."""
+        return node * 8 + group
+
+    def execute(self, output: SchedulerOutput, known: dict[str, Request]) -> ModelRunnerOutput:
+        """Take in one step in the order of the V1 runner, run it and sample."""
+        plans = getattr(output, PLANS_ATTRIBUTE, [])
+        for plan in plans:
+            self._compact(plan)
+        for name in output.finished_req_ids:
+            self.requests.pop(name, None)
+        for block in output.new_block_ids_to_zero or ():
+            self.pages[block] = [0] * self.size
+        fresh = self._update_rows(output, known)
+        for name, count in output.num_scheduled_tokens.items():
+            self._write(self.requests[name], count)
+        for name in fresh:
+            assert not any(plan.request_id == name for plan in plans)
+        for name in output.num_scheduled_tokens:
+            self.check_contents(name)
+        return self._sample(output)
+
+    def check_contents(self, name: str) -> None:
+        """Attention must see, through the block table, exactly what the request should."""
+        request = self.requests[name]
+        for group, row in enumerate(request.rows):
+            live, holes = request.live[group], request.holes[group]
+            seen = [slot for block in row[holes:] for slot in self.pages[block]]
+            assert row[:holes] == [0] * holes
+            assert 0 not in row[holes:]
+            assert len(live) == request.computed - holes * self.size
+            assert seen[: len(live)] == live, f"request {name}, group {group}: wrong contents"
+
+    def _compact(self, plan: CompactionPlan) -> None:
+        request = self.requests[plan.request_id]
+        row, live = request.rows[plan.group], request.live[plan.group]
+        before = request.holes[plan.group]
+        removed = plan.holes - before
+        untouched = len(plan.row_ids) - removed - len(plan.destinations)
+        first = before + untouched
+        assert plan.position == request.computed
+        assert plan.row_start == before
+        assert row[first : first + len(plan.sources)] == plan.sources
+        assert len(plan.sources) - len(plan.destinations) == removed > 0
+        assert len(set(plan.destinations)) == len(plan.destinations)
+        start = untouched * self.size
+        items = [slot for block in plan.sources for slot in self.pages[block]]
+        assert items == live[start : start + len(items)], "sources do not hold the request"
+        count = len(plan.destinations) * self.size
+        kept = [items[index * len(items) // count] for index in range(count)]
+        for index, block in enumerate(plan.destinations):
+            self.pages[block] = kept[index * self.size : (index + 1) * self.size]
+        live[start : start + len(items)] = kept
+        row[before : before + len(plan.row_ids)] = plan.row_ids
+        request.holes[plan.group] = plan.holes
+        request.plans.append((plan.position, plan.group, len(plan.sources), len(plan.destinations)))
+
+    def _update_rows(self, output: SchedulerOutput, known: dict[str, Request]) -> set[str]:
+        """Rows of new, resumed and running requests; returns the first two kinds."""
+        fresh = set()
+        for new in output.scheduled_new_reqs:
+            self._start(known[new.req_id], new.block_ids, new.num_computed_tokens)
+            fresh.add(new.req_id)
+        cached = output.scheduled_cached_reqs
+        for index, name in enumerate(cached.req_ids):
+            blocks = cached.new_block_ids[index]
+            if name in cached.resumed_req_ids:
+                self._start(known[name], blocks, cached.num_computed_tokens[index])
+                fresh.add(name)
+                continue
+            request = self.requests[name]
+            assert request.computed == cached.num_computed_tokens[index]
+            for row, new_ids in zip(request.rows, blocks or (), strict=bool(blocks)):
+                row.extend(new_ids)
+        return fresh
+
+    def _start(self, request: Request, blocks: Sequence[list[int]], computed: int) -> None:
+        mine = self.requests[request.request_id] = WorkerRequest(
+            tokens=list(request.all_token_ids),
+            rows=[list(row) for row in blocks],
+            live=[],
+            holes=[0] * self.groups,
+            computed=computed,
+        )
+        self.texts.extend(mine.nodes, mine.tokens)
+        # A prefix-cache hit must be the request's own prefix, computed in full.
+        mine.live = [
+            [self.exact(node, group) for node in mine.nodes[:computed]]
+            for group in range(self.groups)
+        ]
+
+    def _write(self, request: WorkerRequest, count: int) -> None:
+        end = request.computed + count
+        assert end <= len(request.tokens)
+        for group, row in enumerate(request.rows):
+            for position in range(request.computed, end):
+                slot = (
+                    next(self._inexact)
+                    if request.plans
+                    else self.exact(request.nodes[position], group)
+                )
+                block = row[position // self.size]
+                assert block != 0
+                self.pages[block][position % self.size] = slot
+                request.live[group].append(slot)
+        request.computed = end
+
+    def _sample(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        names = list(output.num_scheduled_tokens)
+        sampled = []
+        for name in names:
+            request = self.requests[name]
+            new = []
+            if request.computed == len(request.tokens):
+                new = [self.texts.next_token(request.nodes[-1])]
+                request.tokens += new
+                self.texts.extend(request.nodes, new)
+            sampled.append(new)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=sampled,
+        )

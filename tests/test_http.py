@@ -1,0 +1,340 @@
+"""End to end over HTTP: ``python serve.py`` and the ``openai`` client, one server for all tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from server import ROOT, Server, environment, wait_until
+
+MODEL = "SmolLM2-135M-Instruct"
+API_KEY = "sk-of-the-tests"
+BLOCK = 32
+BUDGET = 256
+INTERVAL = 32
+CONTEXT = 8192
+
+OPTIONS = ["--dtype", "bfloat16", "--kvcompress-budget", str(BUDGET)]
+OPTIONS += ["--kvcompress-interval", str(INTERVAL)]
+# vLLM's default of 0 kills the engine core at once, and with it the totals in the log.
+OPTIONS += ["--shutdown-timeout", "60"]
+
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ",
+    "The river runs down to the sea. Birds sing in the old trees. The wind moves over the hills. ",
+)
+CITIES = ("Barcelona", "London", "Paris", "Berlin", "Tokyo", "Chicago", "Boston", "Dublin")
+
+
+@pytest.fixture(scope="module")
+def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server with compression for the whole module."""
+    running = Server(OPTIONS, tmp_path_factory.mktemp("server") / "log", API_KEY)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.kill()
+
+
+@pytest.fixture(autouse=True)
+def log_of_a_failure(server: Server) -> Iterator[None]:
+    """Let pytest show what the server said during a test that failed."""
+    since = len(server.said())
+    yield
+    print(server.tail(since))
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+def haystack(secret: str, sentences: int, depth: float) -> str:
+    """A text with a password in it, cut off where the model can only go on with the password.
+
+    The password is the third token of the answer. The first comes out of the prompt's own
+    forward, with the cache still whole; all others are read from what compression kept.
+    """
+    parts = [FILLER[index % 2] for index in range(sentences)]
+    needle = f"The secret password is {secret}. "
+    parts.insert(int(depth * sentences), f"{needle}Remember it. {needle}")
+    return "".join(parts) + "\nThe secret"
+
+
+def complete(client: openai.OpenAI, prompt: str, max_tokens: int, **added: Any) -> Any:
+    return client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0, **added
+    )
+
+
+def ask(client: openai.OpenAI, question: str, **added: Any) -> Any:
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=24,
+        temperature=0,
+        **added,
+    )
+
+
+def held(server: Server, metrics: dict[str, float]) -> int:
+    """Blocks in use."""
+    return round(metrics["vllm:kv_cache_usage_perc"] * server.blocks)
+
+
+def at_rest(server: Server) -> bool:
+    metrics = server.metrics()
+    return metrics["vllm:num_requests_running"] == 0 == metrics["vllm:kv_cache_usage_perc"]
+
+
+# Start-up
+
+
+def test_banner(server: Server) -> None:
+    banner = server.said().split("(APIServer")[0]  # vLLM's log begins
+    for words in (
+        f"Serving {MODEL} at {server.url} ",
+        "knorm, at the end of the prompt, then every 32 generated tokens",
+        "layers 0-29: 256 tokens per request",
+        "memory freed by prompt length in tokens: 88% at 2,048, 94% at 4,096, 97% at 8,192",
+    ):
+        assert words in banner
+
+
+def test_example_of_the_banner_works(server: Server) -> None:
+    url, headers, body = server.example()
+    answer = server.http.post(url, headers=headers, content=body)
+    assert answer.status_code == 200
+    assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+
+
+def test_log_names_the_groups(server: Server) -> None:
+    log = server.said()
+    assert "kvcompress: band 0: layers 0 to 29 keep 256 tokens per request" in log
+    assert f"1 KV cache groups of {server.blocks + 1} blocks of {BLOCK} tokens" in log
+
+
+def test_endpoints(server: Server, client: openai.OpenAI) -> None:
+    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/version").json()["version"].startswith("0.32.")
+    (card,) = client.models.list().data
+    assert card.id == MODEL
+    assert card.model_dump()["max_model_len"] == CONTEXT
+    assert server.metrics().keys() >= {"vllm:num_requests_running", "vllm:prompt_tokens_total"}
+
+
+def test_api_key_is_needed(server: Server, client: openai.OpenAI) -> None:
+    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 1}
+    assert server.http.post("/v1/completions", json=body).status_code == 401
+    assert server.http.get("/v1/models").status_code == 401
+    with pytest.raises(openai.AuthenticationError):
+        complete(server.client("sk-wrong"), "Hi", 1)
+    assert complete(client, "Hi", 1).usage.completion_tokens == 1
+    assert API_KEY not in server.said()
+
+
+# Answers
+
+
+def test_chat_streams_the_same(client: openai.OpenAI) -> None:
+    whole = ask(client, "What is the capital of France?")
+    assert "Paris" in whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = list(ask(client, "What is the capital of France?", stream=True))
+    assert len(chunks) > 1
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "expected"),
+    [("The capital of France is", 4, " Paris"), (haystack("Jupiter", 16, 0.5), 8, " Jupiter.")],
+    ids=["short", "compressed"],
+)
+def test_completion_streams_the_same(
+    prompt: str, length: int, expected: str, client: openai.OpenAI
+) -> None:
+    whole = complete(client, prompt, length)
+    assert expected in whole.choices[0].text
+    assert whole.usage.completion_tokens == length
+    chunks = list(complete(client, prompt, length, stream=True))
+    assert len(chunks) > 1
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    """Of the answer to a compressed prompt, and in a chat."""
+    found = complete(client, haystack("Jupiter", 16, 0.2), 8, logprobs=3).choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == 8
+    for chosen, top in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        assert math.isfinite(chosen)
+        assert chosen == pytest.approx(max(top.values()))
+        assert 0 < sum(map(math.exp, top.values())) <= 1.001
+    answer = ask(client, "What is the capital of France?", logprobs=True, top_logprobs=2)
+    tokens = answer.choices[0].logprobs.content
+    assert "Paris" in "".join(token.token for token in tokens)
+    assert all(math.isfinite(token.logprob) and token.logprob <= 0 for token in tokens)
+    assert all(len(token.top_logprobs) == 2 for token in tokens)
+
+
+@pytest.mark.parametrize("depth", [0.2, 0.8])
+def test_password_in_a_compressed_prompt(
+    depth: float, server: Server, client: openai.OpenAI
+) -> None:
+    """It is found while the request holds a fifth of the blocks that stock vLLM would need."""
+    prompt = haystack("strawberry", 62, depth)
+    decoded = 4 * INTERVAL
+    answer, blocks, usage = "", [], None
+    assert wait_until(lambda: at_rest(server), 30)
+    for number, chunk in enumerate(
+        complete(
+            client,
+            prompt,
+            decoded,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+    ):
+        usage = chunk.usage or usage
+        answer += "".join(choice.text for choice in chunk.choices)
+        if number % 8 == 7:
+            metrics = server.metrics()
+            if metrics["vllm:num_requests_running"] == 1:
+                blocks.append(held(server, metrics))
+    assert answer.startswith(" password is strawberry.")
+    assert usage is not None
+    assert 1400 < usage.prompt_tokens < 1600
+    assert usage.completion_tokens == decoded
+    # The budget, what decoding adds until the next compaction, and a block just begun.
+    assert len(blocks) >= 3
+    assert min(blocks) > 0
+    assert max(blocks) <= (BUDGET + INTERVAL) // BLOCK + 1 < usage.prompt_tokens // BLOCK / 4
+
+
+def test_eight_clients_at_once(server: Server, client: openai.OpenAI) -> None:
+    """Each gets the answer it gets alone, all with compressed caches."""
+    prompts = [haystack(city, 16 + index, 0.5) for index, city in enumerate(CITIES)]
+
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        together = list(clients.map(lambda prompt: complete(client, prompt, 10), prompts))
+    for city, prompt, answer in zip(CITIES, prompts, together, strict=True):
+        assert answer.usage.prompt_tokens > BUDGET + INTERVAL
+        assert answer.choices[0].text.startswith(f" password is {city}.")
+        assert answer.choices[0].text == complete(client, prompt, 10).choices[0].text
+
+
+# What clients do wrong
+
+
+@pytest.mark.parametrize(
+    ("status", "changes"),
+    [
+        (404, {"model": "nobody"}),
+        (400, {"max_tokens": -1}),
+        (400, {"temperature": -1}),
+        (400, {"prompt": [5] * (CONTEXT + 1)}),
+        (400, {"prompt": [5] * CONTEXT, "max_tokens": 16}),
+        (400, {"prompt": "Hi", "logprobs": 10**6}),
+        (400, {"prompt": [10**6]}),
+        (400, {"prompt": {"not": "text"}}),
+    ],
+    ids=[
+        "unknown model",
+        "negative length",
+        "negative temperature",
+        "prompt too long",
+        "no room for the answer",
+        "too many logprobs",
+        "unknown token",
+        "wrong type",
+    ],
+)
+def test_bad_request(status: int, changes: dict[str, Any], server: Server) -> None:
+    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 1, **changes}
+    answer = post(server, json.dumps(body))
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+    assert serves_on(server)
+
+
+def test_malformed_json(server: Server) -> None:
+    assert post(server, '{"model": ').status_code in (400, 422)
+    assert serves_on(server)
+
+
+def post(server: Server, body: str) -> Any:
+    return server.http.post(
+        "/v1/completions",
+        content=body,
+        headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
+    )
+
+
+def serves_on(server: Server) -> bool:
+    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 1}
+    return server.healthy() and post(server, json.dumps(body)).status_code == 200
+
+
+def test_client_that_disconnects(server: Server, client: openai.OpenAI) -> None:
+    """In the middle of a long, compressed answer: the request ends and its blocks return."""
+    before = server.metrics()["vllm:generation_tokens_total"]
+    stream = complete(
+        client,
+        haystack("Jupiter", 16, 0.5),
+        4000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    assert len(list(islice(stream, 40))) == 40
+    assert not at_rest(server)
+    stream.close()
+    assert wait_until(lambda: at_rest(server), 30)
+    assert server.metrics()["vllm:generation_tokens_total"] - before < 2000
+    assert serves_on(server)
+
+
+# The command line and the end
+
+
+def test_bad_budget_ends_with_one_sentence() -> None:
+    run = subprocess.run(
+        [sys.executable, "serve.py", "--kvcompress-budget", "10"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    (sentence,) = [line for line in run.stderr.splitlines() if "kvcompress" in line]
+    assert "budget=10 is not allowed" in sentence and sentence.endswith(".")
+    assert "Serving" not in run.stdout
+
+
+def test_shutdown_says_what_was_compressed(server: Server, client: openai.OpenAI) -> None:
+    """The last test: it stops the server."""
+    complete(client, haystack("Jupiter", 16, 0.5), 8)
+    assert server.stop() == 0
+    assert not server.healthy()
+    (totals,) = re.findall(
+        r"kvcompress: knorm compacted (\d+) requests in (\d+) steps per group, "
+        r"removed (\d+) tokens and freed (\d+) blocks",
+        server.said(),
+    )
+    requests, steps, tokens, blocks = map(int, totals)
+    assert 1 <= requests <= steps <= blocks
+    assert tokens == BLOCK * blocks
