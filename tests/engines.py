@@ -132,8 +132,11 @@ def engine(model: Path, kvcompress: dict[str, Any] | None = None, **args: Any) -
         cleanup_dist_env_and_memory()
 
 
-def assert_same(found: Generation, wanted: Generation, tolerance: float = 1e-3) -> None:
-    """Same tokens, or log-probabilities within ``tolerance`` where a near-tie flips."""
+def assert_same(found: Generation, wanted: Generation, tolerance: float = 1e-3) -> int:
+    """Same tokens, or log-probabilities within ``tolerance`` where a near-tie flips.
+
+    Returns the number of steps compared: nothing can be said of those after a flip.
+    """
     pairs = zip(found.tokens, wanted.tokens, found.logprobs, wanted.logprobs, strict=True)
     for step, (token, other, logprob, other_logprob) in enumerate(pairs):
         difference = abs(logprob - other_logprob)
@@ -142,4 +145,5 @@ def assert_same(found: Generation, wanted: Generation, tolerance: float = 1e-3) 
             f"{other_logprob:.5f}"
         )
         if token != other:
-            return
+            return step + 1
+    return len(found.tokens)

@@ -19,7 +19,8 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_kvcompress.worker.pages import LayerPages, PageLayoutError
+from vllm_kvcompress.worker.layout import RAW_DTYPES, PageLayoutError
+from vllm_kvcompress.worker.pages import LayerPages, Packed, TokenMajor, TokenMinor, take_tokens
 
 BLOCKS = 7
 LAYERS = 2
@@ -39,6 +40,11 @@ def make_cache(
     physical.view(torch.uint8).fill_(0x11)
     inverse = [layout.stride_order.index(axis) for axis in range(5)]
     return physical.permute(inverse)[-1]
+
+
+def all_bytes(cache: torch.Tensor) -> torch.Tensor:
+    """The whole allocation that a cache is a view of, ``[bytes]``, uint8."""
+    return torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
 
 
 def cpu_layer(dtype: torch.dtype, cache_dtype: str, block_size: int, dim: int) -> Any:
@@ -78,15 +84,15 @@ def check(
     shape: tuple[int, int, int],
     cache_dtype: str,
     dtype: torch.dtype,
-) -> None:
+) -> LayerPages:
     """Learn a layout and hold it against what the backend writes."""
     block_size, heads, dim = shape
     storage = kv_cache_dtype_str_to_dtype(cache_dtype, SimpleNamespace(dtype=dtype))
     cache = make_cache(layout, shape, storage)
-    everything = cache.untyped_storage()
-    before = bytes(everything)
+    everything = all_bytes(cache)
+    before = everything.clone()
     pages = LayerPages(layer, cache, block_size, heads, dim, cache_dtype)
-    assert bytes(everything) == before, "learning touched the cache"
+    assert everything.equal(before), "learning touched the cache"
 
     # What the backend writes is what we read.
     torch.manual_seed(0)
@@ -102,14 +108,19 @@ def check(
     layer.impl.do_kv_cache_update(
         layer, written[0] * factors[0], written[1] * factors[1], cache, slots
     )
-    read = [pages.read(view, blocks) for view in (pages.keys, pages.values)]
+    read = [part.read(blocks) for part in (pages.keys, pages.values)]
     for raw, tensor in zip(read, written, strict=True):
         assert raw.shape == (heads, tokens, dim)
         assert pages.as_float(raw).equal(tensor.float().transpose(0, 1))
+    kept = torch.rand(heads, tokens).argsort()[:, : block_size + 5].sort().values
+    for part, raw in zip((pages.keys, pages.values), read, strict=True):
+        taken = raw.gather(1, kept.unsqueeze(-1).expand(-1, -1, dim))
+        assert part.take(blocks, kept).equal(taken)
+        assert take_tokens(raw, kept).equal(taken)
 
     # What we write is what the backend would have written.
     as_backend = make_cache(layout, shape, storage)
-    as_backend.untyped_storage().copy_(everything)
+    all_bytes(as_backend).copy_(everything)
     others = torch.tensor([2, 3, 6])
     layer.impl.do_kv_cache_update(
         layer,
@@ -118,20 +129,22 @@ def check(
         as_backend,
         (others[:, None] * block_size + torch.arange(block_size)).flatten(),
     )
-    pages.write(pages.keys, others, read[0])
-    pages.write(pages.values, others, read[1])
-    assert bytes(everything) == bytes(as_backend.untyped_storage())
+    pages.keys.write(others, read[0])
+    pages.values.write(others, read[1])
+    assert everything.equal(all_bytes(as_backend))
 
     # Any bits survive, block order counts, and the rest of the cache is left alone.
-    for view, other in ((pages.keys, pages.values), (pages.values, pages.keys)):
-        noise = torch.randint(-100, 100, (heads, 2 * block_size, dim)).to(pages.raw)
-        rest = [pages.read(view, others), pages.read(other, torch.arange(BLOCKS))]
-        pages.write(view, torch.tensor([4, 0]), noise)
-        assert pages.read(view, torch.tensor([4, 0])).equal(noise)
+    raw_dtype = RAW_DTYPES[cache.element_size()]
+    for part, other in ((pages.keys, pages.values), (pages.values, pages.keys)):
+        noise = torch.randint(-100, 100, (heads, 2 * block_size, dim)).to(raw_dtype)
+        rest = [part.read(others), other.read(torch.arange(BLOCKS))]
+        part.write(torch.tensor([4, 0]), noise)
+        assert part.read(torch.tensor([4, 0])).equal(noise)
         swapped = noise.unflatten(1, (2, block_size)).flip(1).flatten(1, 2)
-        assert pages.read(view, torch.tensor([0, 4])).equal(swapped)
-        assert pages.read(view, others).equal(rest[0])
-        assert pages.read(other, torch.arange(BLOCKS)).equal(rest[1])
+        assert part.read(torch.tensor([0, 4])).equal(swapped)
+        assert part.read(others).equal(rest[0])
+        assert other.read(torch.arange(BLOCKS)).equal(rest[1])
+    return pages
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
@@ -184,9 +197,15 @@ def test_in_interpreter(
     block_size: int,
     heads: int,
     dim: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from vllm.v1.attention.ops import triton_reshape_and_cache_flash as op
+
+    monkeypatch.setattr(op, "_is_supported_kv_cache_dtype", lambda name: True)
     layer = triton_layer(dtype, cache_dtype, dim)
-    check(layer, layout, (block_size, heads, dim), cache_dtype, dtype)
+    pages = check(layer, layout, (block_size, heads, dim), cache_dtype, dtype)
+    assert isinstance(pages.keys, TokenMajor)
+    assert isinstance(pages.values, TokenMajor)
 
 
 @pytest.mark.skipif(IN_INTERPRETER, reason="starts the interpreter")
@@ -240,8 +259,8 @@ def learn(impl: Any, cache: torch.Tensor, dim: int = 4) -> LayerPages:
 
 def test_refuses_what_it_cannot_read() -> None:
     cache = torch.zeros(3, 2, 8, 8)
-    assert learn(Impl(), cache).keys.shape[:2] == (3, 2)
-    with pytest.raises(PageLayoutError, match="stores 64 elements .* where 128 were written"):
+    assert learn(Impl(), cache).shape == (8, 2, 4)
+    with pytest.raises(PageLayoutError, match=r"stores 64 elements .* where 128 were written"):
         learn(Impl(values=False), cache)
     order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
     with pytest.raises(PageLayoutError, match="not regular"):
@@ -253,10 +272,36 @@ def test_refuses_what_it_cannot_read() -> None:
         learn(Impl(), torch.zeros(2, 3, 8, 8).transpose(0, 1))
 
 
-def test_every_regular_order_is_found() -> None:
-    """Tokens and dimensions split in two and swapped, as packed layouts do."""
-    order = torch.arange(128).view(2, 4, 2, 2, 2, 2).permute(0, 3, 1, 4, 2, 5).flatten()
-    del order
-    cache = torch.zeros(3, 2, 8, 8)
-    pages = learn(Impl(), cache)
-    assert pages.keys.stride()[0] == 128
+@pytest.mark.parametrize(
+    ("axes", "kind"),
+    [
+        # From heads, token pairs, tokens, dimension pairs, dimensions.
+        ((0, 1, 2, 3, 4), TokenMajor),
+        ((1, 2, 0, 3, 4), TokenMajor),
+        ((0, 3, 4, 1, 2), TokenMinor),
+        ((0, 1, 3, 4, 2), Packed),
+        ((0, 3, 1, 2, 4), Packed),
+        ((1, 3, 0, 4, 2), Packed),
+    ],
+)
+def test_packed_orders(axes: tuple[int, ...], kind: type) -> None:
+    """Tokens and dimensions split in two and interleaved in every way a backend may choose."""
+    heads, block_size, dim = 2, 8, 4
+    part = torch.arange(heads * block_size * dim).view(heads, 2, 4, 2, 2).permute(axes).flatten()
+    # Page bytes of Impl are [H, N, (key, value), D]; sort them into key and value parts first.
+    plain = torch.arange(2 * part.numel()).view(heads, block_size, 2, dim)
+    order = torch.cat([plain[:, :, half].flatten()[part] for half in range(2)])
+    cache = torch.randn(5, heads, block_size, 2 * dim)
+    pages = learn(Impl(order=order), cache)
+    assert type(pages.keys) is type(pages.values) is kind
+
+    keys, values = torch.randn(2, 2 * block_size, heads, dim)
+    blocks = torch.tensor([3, 1])
+    for block, rows in zip(blocks.tolist(), (slice(0, 8), slice(8, 16)), strict=True):
+        page = torch.cat([keys[rows], values[rows]], dim=-1).transpose(0, 1).flatten()
+        cache[block] = page[order].view_as(cache[block])
+    for half, written in ((pages.keys, keys), (pages.values, values)):
+        read = half.read(blocks)
+        assert pages.as_float(read).equal(written.transpose(0, 1))
+        half.write(torch.tensor([0, 4]), read)
+    assert cache[[0, 4]].equal(cache[[3, 1]])

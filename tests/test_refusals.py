@@ -115,6 +115,44 @@ def test_unsupported_features(options: dict[str, Any], said: str, deep_llama: Pa
         config_of(deep_llama, {"budget": 256}, **options)
 
 
+def test_during_prefill_needs_chunks(deep_llama: Path) -> None:
+    with pytest.raises(SettingsError, match="needs chunked prefill"):
+        config_of(
+            deep_llama,
+            {"budget": 256, "phase": "during_prefill"},
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=2048,
+        )
+
+
+def test_mixed_layers(tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        hidden_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=64,
+        max_window_layers=2,
+    ).save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="mix full attention with other kinds"):
+        config_of(tmp_path, {"budget": 256})
+
+
+def test_other_peoples_additional_config(deep_llama: Path) -> None:
+    """vLLM takes any object with ``compute_hash`` there; it must not meet our check."""
+
+    class Other:
+        def compute_hash(self) -> str:
+            return "x"
+
+    args = EngineArgs(str(deep_llama), skip_tokenizer_init=True, additional_config=Other())
+    assert args.create_engine_config().scheduler_config.scheduler_cls is None
+
+
 def test_bands_need_the_hybrid_manager(deep_llama: Path) -> None:
     with pytest.raises(SettingsError, match="disable_hybrid_kv_cache_manager"):
         config_of(

@@ -59,6 +59,11 @@ def fill_in(config: VllmConfig, settings: Settings) -> None:
         For anything that is not supported.
     """
     _refuse(config)
+    if settings.phase == "during_prefill" and not config.scheduler_config.enable_chunked_prefill:
+        raise SettingsError(
+            "kvcompress: phase=during_prefill needs chunked prefill, which is off for this "
+            "model or by your choice; use phase=after_prefill."
+        )
     _check_bands(config, settings)
     parallel, scheduler = config.parallel_config, config.scheduler_config
     if parallel.worker_cls not in WORKERS.values():
@@ -90,6 +95,7 @@ def _refuse(config: VllmConfig) -> None:
         f"kv_cache_dtype={cache.cache_dtype!r} (allowed are {', '.join(CACHE_DTYPES)})": (
             cache.cache_dtype not in CACHE_DTYPES
         ),
+        "kv_cache_dtype_skip_layers": bool(cache.kv_cache_dtype_skip_layers),
         "pooling models": model.runner_type == "pooling",
         "encoder-decoder models": model.is_encoder_decoder,
         "models with Mamba or linear-attention layers": model.is_hybrid,
@@ -104,11 +110,15 @@ def _refuse(config: VllmConfig) -> None:
 
 
 def _check_bands(config: VllmConfig, settings: Settings) -> None:
-    """Refuse a choice of bands before any model is loaded, where the layers are all alike."""
-    text_config = config.model_config.hf_text_config
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(text_config, "sliding_window", None):
-        return  # The worker checks, once it knows the kind of every layer.
+    """Refuse a model or a choice of bands that cannot work before any weight is loaded."""
+    kinds = set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())
+    if "full_attention" in kinds and len(kinds) > 1:
+        raise SettingsError(
+            "kvcompress: models that mix full attention with other kinds of layers "
+            f"({', '.join(sorted(kinds - {'full_attention'}))}) cannot be compressed yet."
+        )
+    if kinds - {"full_attention"}:
+        return  # The worker refuses, once it has seen the layers themselves.
     block_size = config.cache_config.block_size
     num_layers = config.model_config.get_num_layers(config.parallel_config)
     bands = plan_bands(settings, num_layers, block_size)

@@ -67,12 +67,13 @@ def _wrap_create_engine_config() -> None:
     from vllm_kvcompress.settings import CONFIG_KEY
 
     original = EngineArgs.create_engine_config
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, CONFIG_KEY, False):
         return
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        if CONFIG_KEY not in (self.additional_config or ()):
+        # vLLM also takes objects here; they are somebody else's.
+        if not isinstance(self.additional_config, dict) or CONFIG_KEY not in self.additional_config:
             return original(self, *args, **kwargs)
         if problem := problem_with_version():
             raise RuntimeError(problem)
@@ -86,4 +87,5 @@ def _wrap_create_engine_config() -> None:
         fill_in(config, settings)
         return config
 
+    setattr(create_engine_config, CONFIG_KEY, True)
     EngineArgs.create_engine_config = create_engine_config

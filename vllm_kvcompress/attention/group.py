@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.utils import torch_utils
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -88,10 +89,12 @@ class CompressedAttentionGroup(AttentionGroup):
 
         table = common.block_table_tensor
         width = table.shape[1]
-        columns = self._columns[:width] + device_holes[:, None]
+        # Nothing reads past the longest row: most of a wide table need not be moved.
+        used = min(width, cdiv(common.max_seq_len, block_size))
+        columns = self._columns[:used] + device_holes[:, None]
         columns.clamp_(max=width - 1)
         rows = self._rows[:num_reqs, :width]
-        torch.gather(table[:num_reqs], 1, columns, out=rows)
+        torch.gather(table[:num_reqs], 1, columns, out=rows[:, :used])
 
         # A dummy batch may claim lengths its rows do not have.
         queries = common.query_start_loc[1 : num_reqs + 1] - common.query_start_loc[:num_reqs]

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_kvcompress.bands import Limits
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule, Trajectory
 from vllm_kvcompress.settings import Settings, SettingsError
 
 logger = init_logger("vllm.kvcompress")
@@ -92,6 +93,22 @@ def check_groups(
         config.num_blocks,
         vllm_config.cache_config.block_size,
     )
+    schedule = Schedule(
+        phase=settings.phase,
+        interval=settings.interval,
+        prune_after=settings.prune_after,
+        limits=tuple(limits),
+        block_size=vllm_config.cache_config.block_size,
+        max_position=vllm_config.model_config.max_model_len - 1,
+    )
+    # The longest prompt compresses soonest, except in the decode phase.
+    prompt = 1 if settings.phase == "decode" else schedule.max_position
+    if Trajectory(schedule, prompt).due == NEVER:
+        logger.warning(
+            "kvcompress: nothing will ever be compressed: no request of at most %d tokens "
+            "(max_model_len) reaches a threshold.",
+            vllm_config.model_config.max_model_len,
+        )
     if whole and settings.phase == "during_prefill":
         logger.warning(
             "kvcompress: phase=during_prefill bounds the peak only in compressed layers; "

@@ -39,7 +39,7 @@ class KVCompressSchedulerMixin(Scheduler):
                 interval=settings.interval,
                 prune_after=settings.prune_after,
                 limits=limits,
-                block_size=self.block_size,
+                block_size=self.block_size,  # the same in every group: mixed models are refused
                 max_position=self.max_model_len,
             ),
             self.requests,

@@ -59,19 +59,19 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
             f"{sorted({type(spec).__name__ for spec in specs.values()})}, and only plain full "
             "attention can be compressed."
         )
-    shapes = {specs[name].page_size_bytes for name in eligible.values()}
-    if len(shapes) > 1:
+    if others := sorted(specs.keys() - eligible.values()):
+        raise SettingsError(
+            f"kvcompress: layers {', '.join(others[:3])} have another kind of cache "
+            f"({type(specs[others[0]]).__name__}); models that mix kinds of layers cannot be "
+            "compressed yet."
+        )
+    if len({specs[name] for name in eligible.values()}) > 1:
         raise SettingsError("kvcompress: mixed head sizes cannot be compressed yet.")
-    others: dict[KVCacheSpec, int] = {}
-    for name, spec in specs.items():
-        if name not in eligible.values():
-            others[spec] = others.get(spec, 0) + 1
     bands = plan_bands(
         settings,
         config.model_config.get_num_layers(config.parallel_config),
         next(iter(specs.values())).block_size,
         sorted(eligible),
-        list(others.values()),
     )
     result = dict(specs)
     for band in bands:
