@@ -143,7 +143,7 @@ def test_mixed_layers(tmp_path: Path) -> None:
 
 
 def test_other_peoples_additional_config(deep_llama: Path) -> None:
-    """vLLM takes any object with ``compute_hash`` there; it must not meet our check."""
+    """Any object with ``compute_hash`` is fine with vLLM; it must not meet our check."""
 
     class Other:
         def compute_hash(self) -> str:
