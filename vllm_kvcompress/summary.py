@@ -27,14 +27,7 @@ def share_freed(bands: list[Band], settings: Settings, block_size: int, tokens: 
     float
         0 where nothing is freed, close to 1 where almost everything is.
     """
-    schedule = Schedule(
-        phase=settings.phase,
-        interval=settings.interval,
-        prune_after=settings.prune_after,
-        limits=tuple(band.limits for band in bands),
-        block_size=block_size,
-        max_position=tokens,
-    )
+    schedule = Schedule.of(settings, (band.limits for band in bands), block_size, tokens)
     whole = -(-tokens // block_size) * sum(len(band.layers) for band in bands)
     held = sum(
         blocks * len(band.layers)

@@ -93,16 +93,10 @@ def check_groups(
         config.num_blocks,
         vllm_config.cache_config.block_size,
     )
-    schedule = Schedule(
-        phase=settings.phase,
-        interval=settings.interval,
-        prune_after=settings.prune_after,
-        limits=tuple(limits),
-        block_size=vllm_config.cache_config.block_size,
-        max_position=vllm_config.model_config.max_model_len - 1,
-    )
+    longest = vllm_config.model_config.max_model_len - 1
+    schedule = Schedule.of(settings, limits, vllm_config.cache_config.block_size, longest)
     # The longest prompt compresses soonest, except in the decode phase.
-    prompt = 1 if settings.phase == "decode" else schedule.max_position
+    prompt = 1 if settings.phase == "decode" else longest
     if Trajectory(schedule, prompt).due == NEVER:
         logger.warning(
             "kvcompress: nothing will ever be compressed: no request of at most %d tokens "

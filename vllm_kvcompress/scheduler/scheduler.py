@@ -34,14 +34,8 @@ class KVCompressSchedulerMixin(Scheduler):
         limits = check_groups(self.kv_cache_config, self.vllm_config, settings)
         coordinator = self.kv_cache_manager.coordinator
         self.kvcompress = Planner(
-            Schedule(
-                phase=settings.phase,
-                interval=settings.interval,
-                prune_after=settings.prune_after,
-                limits=limits,
-                block_size=self.block_size,  # the same in every group: mixed models are refused
-                max_position=self.max_model_len,
-            ),
+            # One block size serves every group: models with several are refused.
+            Schedule.of(settings, limits, self.block_size, self.max_model_len),
             self.requests,
             self.kv_cache_manager.block_pool,
         )

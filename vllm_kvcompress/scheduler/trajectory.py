@@ -6,12 +6,12 @@ replayed request walks the same trajectory again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_kvcompress.bands import Limits
-from vllm_kvcompress.settings import Phase
+from vllm_kvcompress.settings import Phase, Settings
 
 NEVER = 1 << 62
 """Position of a compaction that never comes."""
@@ -41,6 +41,24 @@ class Schedule(NamedTuple):
     limits: tuple[Limits | None, ...]
     block_size: int
     max_position: int
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        limits: Iterable[Limits | None],
+        block_size: int,
+        max_position: int,
+    ) -> Schedule:
+        """The schedule that a server's settings make with its groups' limits."""
+        return cls(
+            phase=settings.phase,
+            interval=settings.interval,
+            prune_after=settings.prune_after,
+            limits=tuple(limits),
+            block_size=block_size,
+            max_position=max_position,
+        )
 
 
 class Step(NamedTuple):
