@@ -53,6 +53,10 @@ class Engine:
     def runner(self) -> Any:
         return self.core.model_executor.driver_worker.worker.model_runner
 
+    def crowd(self) -> None:
+        """Admit requests without leaving room for others to grow, so that some are preempted."""
+        self.scheduler.kvcompress.promised = lambda *_: 0
+
     def params(self, max_tokens: int, **added: Any) -> SamplingParams:
         return SamplingParams(
             temperature=0,

@@ -60,6 +60,7 @@ def test_batch_independence(phase: str, tiny_llama: Path) -> None:
             max_num_seqs=40,
             num_gpu_blocks_override=blocks,
         ) as engine:
+            engine.crowd()
             together = engine.generate(prompts, decoded)
             if blocks:
                 compacted = {plan.request_id for plan in engine.plans}

@@ -187,6 +187,7 @@ def cases(llama: Path, small_llama: Path) -> dict[str, dict[str, Any]]:
             ),
             "prompts": _prompts(2, (150, 148, 146, 144)),
             "sampling": {"max_tokens": 60},
+            "crowd": True,
         },
         "again": _case(
             llama,
@@ -346,6 +347,7 @@ def test_triton_attention_under_pressure(small_llama: Path) -> None:
             max_model_len=224,
         ),
         "prompts": _prompts(2, (150, 148, 146)),
+        "crowd": True,
         "sampling": {"max_tokens": 60},
     }
     (wanted,) = run_cases(V1, [pressure])

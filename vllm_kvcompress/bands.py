@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
+from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.settings import Settings, SettingsError
 
 MAX_PADDING = 0.05
@@ -19,6 +20,26 @@ MAX_PADDING = 0.05
 
 AUTO_BANDS = 6
 """Number of bands aimed at when the pyramid is on and ``bands`` is not set."""
+
+
+POOLED_SHARE = Fraction(1, 4)
+"""Share of a band's blocks that pooled tokens get beside unpooled ones (``knorm+merge``)."""
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How a band merges.
+
+    Attributes
+    ----------
+    share : Fraction or None
+        Share of the kept blocks that hold pooled tokens; ``None`` if all but the sinks do.
+    count : bool
+        Whether a pooled block is listed as often as it stands for blocks.
+    """
+
+    share: Fraction | None
+    count: bool
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,8 @@ class Limits:
         Protected tokens at the start and at the end.
     block_size : int
         Tokens per block.
+    merging : Merging or None
+        ``None`` for methods that evict.
     """
 
     budget: int | None
@@ -42,6 +65,26 @@ class Limits:
     sinks: int
     recent: int
     block_size: int
+    merging: Merging | None = None
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks that hold the sinks."""
+        return -(-self.sinks // self.block_size)
+
+    def pooled_at_least(self, position: int) -> int:
+        """Blocks into which all pooled tokens can be merged, whatever their levels.
+
+        Blocks that can merge no further have distinct levels: one per binary digit.
+        """
+        return max(1, (position // self.block_size).bit_length())
+
+    def least(self, position: int) -> int:
+        """Fewest blocks that a compaction may leave."""
+        if self.merging is None:
+            return max(1, self.sink_blocks)
+        beside = self.sink_blocks if self.merging.share is None else max(1, self.sink_blocks)
+        return beside + self.pooled_at_least(position)
 
     def blocks_kept(self, live: int, position: int) -> tuple[int, int]:
         """Full blocks that take part in a compaction, and how many of them stay.
@@ -66,7 +109,7 @@ class Limits:
         else:
             assert self.ratio is not None
             kept = -((untouched - ceil(self.ratio * position)) // size)
-        return old, max(kept, -(-self.sinks // size), 1)
+        return old, max(kept, self.least(position))
 
     def peak(self, position: int, first: int, interval: int) -> int:
         """Upper bound of the tokens held at once on the way to ``position``.
@@ -86,8 +129,8 @@ class Limits:
             after = self.budget + interval
         else:
             assert self.ratio is not None
-            sinks = max(1, -(-self.sinks // self.block_size)) * self.block_size
-            after = ceil(self.ratio * position) + self.recent + self.block_size + sinks + interval
+            least = self.least(position) * self.block_size
+            after = ceil(self.ratio * position) + self.recent + self.block_size + least + interval
         return min(position, max(first, after))
 
 
@@ -117,6 +160,7 @@ def plan_bands(
     block_size: int,
     eligible: Sequence[int] | None = None,
     other_groups: Sequence[int] = (),
+    longest: int = 0,
 ) -> list[Band]:
     """Split the layers into bands and give each its budget.
 
@@ -132,6 +176,8 @@ def plan_bands(
     other_groups : sequence of int
         Layer counts of the model's other kinds of cache (sliding window and so on), which
         vLLM groups at the same width.
+    longest : int
+        Longest request in tokens, where it is known: merging needs room for it.
 
     Returns
     -------
@@ -165,7 +211,7 @@ def plan_bands(
         Band(index, part, _limits(settings, part, num_layers, block_size))
         for index, part in enumerate(_split(layers, count))
     ]
-    _check_room(settings, bands, block_size)
+    _check_room(settings, bands, block_size, longest)
     if skipped:
         bands.append(Band(-1, kept_whole, None))
     return bands
@@ -250,10 +296,14 @@ def _limits(
         budget = ceil(budget * share / block_size) * block_size
     # The prompt is untouched in the decode phase, and the sinks with it.
     sinks = 0 if settings.phase == "decode" else settings.sink_tokens
-    return Limits(budget, ratio, sinks, settings.recent_tokens, block_size)
+    merging = None
+    if settings.method in MERGING:
+        pooled = None if MERGING[settings.method] is None else POOLED_SHARE
+        merging = Merging(pooled, settings.merge_weighting == "count")
+    return Limits(budget, ratio, sinks, settings.recent_tokens, block_size, merging)
 
 
-def _check_room(settings: Settings, bands: list[Band], block_size: int) -> None:
+def _check_room(settings: Settings, bands: list[Band], block_size: int, longest: int) -> None:
     if settings.token_budget is None:
         return
     if settings.token_budget < 2 * block_size:
@@ -264,13 +314,22 @@ def _check_room(settings: Settings, bands: list[Band], block_size: int) -> None:
     for band in bands:
         assert band.limits is not None and band.limits.budget is not None
         # Only whole blocks move, so up to a block less one token stays beside the window.
-        sinks = max(1, -(-band.limits.sinks // block_size)) * block_size
-        need = sinks + settings.recent_tokens + block_size - 1
-        if band.limits.budget < need:
+        need = band.limits.least(longest) * block_size + settings.recent_tokens + block_size - 1
+        if band.limits.budget >= need:
+            continue
+        if band.limits.merging is not None:
             raise SettingsError(
-                f"kvcompress: sink_tokens={settings.sink_tokens} and "
-                f"recent_tokens={settings.recent_tokens} do not fit the smallest band: with "
-                f"blocks of {block_size} they need {need} tokens, and band {band.index} "
-                f"(layers {band.layers[0]} to {band.layers[-1]}) has {band.limits.budget}; "
-                "raise budget, lower pyramid_beta or protect fewer tokens."
+                f"kvcompress: budget={settings.token_budget} is too small for "
+                f"method={settings.method}: sinks, recent window and one block per power of two "
+                f"of the longest request ({longest} tokens in blocks of {block_size}) need "
+                f"{need} tokens in every band, and band {band.index} (layers {band.layers[0]} to "
+                f"{band.layers[-1]}) has {band.limits.budget}; raise budget, lower pyramid_beta "
+                "or max_model_len."
             )
+        raise SettingsError(
+            f"kvcompress: sink_tokens={settings.sink_tokens} and "
+            f"recent_tokens={settings.recent_tokens} do not fit the smallest band: with "
+            f"blocks of {block_size} they need {need} tokens, and band {band.index} "
+            f"(layers {band.layers[0]} to {band.layers[-1]}) has {band.limits.budget}; "
+            "raise budget, lower pyramid_beta or protect fewer tokens."
+        )

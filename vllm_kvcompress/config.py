@@ -121,7 +121,7 @@ def _check_bands(config: VllmConfig, settings: Settings) -> None:
         return  # The worker refuses, once it has seen the layers themselves.
     block_size = config.cache_config.block_size
     num_layers = config.model_config.get_num_layers(config.parallel_config)
-    bands = plan_bands(settings, num_layers, block_size)
+    bands = plan_bands(settings, num_layers, block_size, longest=config.model_config.max_model_len)
     if len(bands) > 1 and config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise SettingsError(
             f"kvcompress: {len(bands)} bands need a KV cache group each, which "

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vllm_kvcompress.methods import METHODS
+from vllm_kvcompress.methods import MERGING, METHODS
 
 CONFIG_KEY = "kvcompress"
 """Key of the settings inside vLLM's ``additional_config``."""
@@ -37,7 +37,8 @@ class Settings(BaseModel):
 
     method: str = Field(
         "knorm",
-        description="Eviction method: knorm, keydiff, streaming or random; none is stock vLLM.",
+        description="Method: knorm, keydiff, streaming or random evict tokens, merge pools old "
+        "ones, knorm+merge pools those that knorm would evict; none is stock vLLM.",
     )
     budget: int | None = Field(
         None,
@@ -83,13 +84,23 @@ class Settings(BaseModel):
         "during_prefill (also every interval prompt tokens; bounds the peak), "
         "decode (generated tokens only).",
     )
+    pooling: Literal["mean", "max", "best"] = Field(
+        "mean",
+        description="How merging methods pool two slots: mean (keys turned to a common position), "
+        "max (elementwise) or best (the lower-norm key with its value).",
+    )
+    merge_weighting: Literal["count", "none"] = Field(
+        "count",
+        description="Weight of a pooled slot in attention: count (as often as it stands for "
+        "tokens; frees memory, not attention time) or none (once; frees both).",
+    )
     seed: int = Field(0, ge=0, le=1_000_000, description="Seed of the random method.")
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        if value != "none" and value not in METHODS:
-            raise ValueError(f"allowed are {', '.join([*METHODS, 'none'])}")
+        if value != "none" and value not in METHODS and value not in MERGING:
+            raise ValueError(f"allowed are {', '.join([*METHODS, *MERGING, 'none'])}")
         return value
 
     @field_validator("skip_layers", mode="before")
@@ -118,6 +129,13 @@ class Settings(BaseModel):
                 f"keep_ratio ({self.keep_ratio}) is a share of the prompt, which phase=decode "
                 "leaves alone; set budget instead"
             )
+        if self.method not in MERGING:
+            for name in ("pooling", "merge_weighting"):
+                if name in self.model_fields_set:
+                    raise ValueError(
+                        f"{name} ({getattr(self, name)}) is set, but method={self.method} merges "
+                        f"nothing; use it with method={' or '.join(MERGING)}"
+                    )
         return self
 
     @property

@@ -22,7 +22,7 @@ from vllm_kvcompress import plugin
 class Recorder:
     """What the engine does, in order: plans, kept tokens and preemptions."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, crowd: bool) -> None:
         self.core = llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
@@ -30,6 +30,9 @@ class Recorder:
         self.preemptions = 0
         self._preempt = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._count_preemption
+        if crowd:
+            # Admit without leaving room for others to grow, so that some are preempted.
+            self.scheduler.kvcompress.promised = lambda *_: 0
         if self.runner.kvcompress is not None:
             self.runner.kvcompress.compactor.on_kept = self._on_kept
 
@@ -151,7 +154,7 @@ def serve(case: dict[str, Any]) -> dict[str, Any]:
         additional_config={"kvcompress": case["kvcompress"]},
         **case["engine"],
     )
-    recorder = Recorder(llm)
+    recorder = Recorder(llm, bool(case.get("crowd")))
     if case.get("always_shift"):
         recorder.always_shift()
     result: dict[str, Any] = {

@@ -1,10 +1,11 @@
-"""Eviction methods: pure torch, no vLLM. A new method is one file and one line here."""
+"""Methods: pure torch, no vLLM. A new eviction method is one file and one line here."""
 
 from __future__ import annotations
 
 from vllm_kvcompress.methods.base import Method, ScoreContext
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import KNorm
+from vllm_kvcompress.methods.pooling import POOLINGS
 from vllm_kvcompress.methods.random import Random
 from vllm_kvcompress.methods.select import select_tokens
 from vllm_kvcompress.methods.streaming import Streaming
@@ -16,4 +17,8 @@ METHODS: dict[str, type[Method]] = {
     "random": Random,
 }
 
-__all__ = ["METHODS", "Method", "ScoreContext", "select_tokens"]
+MERGING: dict[str, str | None] = {"merge": None, "knorm+merge": "knorm"}
+"""Methods that pool old tokens instead of dropping them, with the eviction method that
+chooses the tokens they leave unpooled; ``None`` where all old tokens are pooled."""
+
+__all__ = ["MERGING", "METHODS", "POOLINGS", "Method", "ScoreContext", "select_tokens"]

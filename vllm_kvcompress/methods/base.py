@@ -43,6 +43,9 @@ class Method(ABC):
     needs_keys: ClassVar[bool] = True
     """Whether :meth:`score` reads the keys, not only their shape."""
 
+    same_for_all_layers: ClassVar[bool] = True
+    """Whether :meth:`score` ignores layer and heads, so that layers can be scored together."""
+
     seed: int = 0
 
     @abstractmethod
@@ -53,6 +56,7 @@ class Method(ABC):
         ----------
         keys : torch.Tensor
             ``[kv_heads, tokens, head_dim]``, float32, in age order, rotated as cached.
+            Heads of several layers at once where :attr:`same_for_all_layers`.
             Only the shape is meaningful where ``needs_keys`` is false.
         context : ScoreContext
             Layer, position and heads.

@@ -15,6 +15,7 @@ class Random(Method):
     """Keep tokens drawn at random, the same ones for the same seed, layer and position."""
 
     needs_keys: ClassVar[bool] = False
+    same_for_all_layers: ClassVar[bool] = False
 
     def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
         """Uniform numbers, ``[kv_heads, tokens]``, drawn for all heads of the model."""

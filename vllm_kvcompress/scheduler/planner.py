@@ -10,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_kvcompress.scheduler.plan import CompactionPlan
+from vllm_kvcompress.scheduler.region import Change, Region, levels_before
 from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule, Trajectory
 
 
@@ -84,7 +85,10 @@ class Planner:
     """
 
     def __init__(
-        self, schedule: Schedule, requests: Mapping[str, Request], block_pool: BlockPool
+        self,
+        schedule: Schedule,
+        requests: Mapping[str, Request],
+        block_pool: BlockPool,
     ) -> None:
         self.schedule = schedule
         self.requests = requests
@@ -133,6 +137,38 @@ class Planner:
         computed = self.requests[request_id].num_computed_tokens
         return state.trajectory.position == computed and group in state.open_groups(computed)
 
+    def promised(self, group: int, besides: str, rows: Mapping[str, Sequence[KVCacheBlock]]) -> int:
+        """Blocks that compressed requests will yet take in a group before they give some back.
+
+        Who admits without leaving them room admits to preempt: a preempted request replays
+        its prompt, which costs more than a smaller batch. Requests that have not compacted
+        count as in stock vLLM, not at all, but for prompts in ``during_prefill``: their
+        chunks end at compactions, so that several may be under way at once.
+
+        Parameters
+        ----------
+        group : int
+        besides : str
+            Request that does not count, the one to be admitted.
+        rows : mapping of str to sequence of KVCacheBlock
+            Block lists of the group by request.
+        """
+        blocks = 0
+        for request_id, state in self._states.items():
+            row = rows.get(request_id)
+            if not row or request_id == besides:
+                continue
+            request, trajectory = self.requests[request_id], state.trajectory
+            length = max(request.num_prompt_tokens, request.num_tokens)
+            if request.num_computed_tokens < length - 1 and self.schedule.phase == "during_prefill":
+                held = len(row) - trajectory.removed[group]
+                blocks += max(0, trajectory.peak_blocks(group, length) - held)
+            elif state.started:
+                final = request.num_prompt_tokens + request.max_tokens
+                ahead = -(-min(trajectory.due, final) // self.schedule.block_size)
+                blocks += max(0, ahead - len(row))
+        return blocks
+
     def compact(self, group: int, request_id: str, row: list[KVCacheBlock]) -> None:
         """Plan the compaction due now for a request in one group, if there is one.
 
@@ -160,40 +196,50 @@ class Planner:
         if group not in state.open_groups(computed):
             return
         step = state.trajectory.steps[group]
-        base = state.trajectory.base
-        holes = state.trajectory.removed[group] - (step.old - step.kept)
-        first = holes + base
-        sources = row[first : first + step.old]
-        destinations = self._destinations(sources, step.kept)
+        freed, size = step.old - step.kept, self.schedule.block_size
+        limits = self.schedule.limits[group]
+        listed = limits is not None and limits.merging is not None and limits.merging.count
+        # A row that lists pooled blocks several times keeps its length without holes.
+        new_holes = 0 if listed else state.trajectory.removed[group]
+        holes = 0 if listed else new_holes - freed
+        first = holes + state.trajectory.base
+        before = Region.of_row(row, first, levels_before(step), listed)
+        change = Change.of_step(before, step)
+        references = before.references()
+        destinations = self._destinations(change.sources, change.written, references)
         if destinations is None:
             self.totals.waits += 1
             return
 
-        prompt = row[holes:first]
-        new_holes = state.trajectory.removed[group]
-        entries = [self.block_pool.null_block] * (new_holes - holes) + prompt + destinations
-        row[holes : first + step.old] = entries
+        after = change.after(destinations)
+        nulls = [self.block_pool.null_block] * (new_holes - holes)
+        entries = nulls + row[holes:first] + after.entries()
+        row[holes : holes + len(entries)] = entries
         state.done.add(group)
         self._plans.append(
             CompactionPlan(
                 request_id=request_id,
                 group=group,
                 position=computed,
-                sources=[block.block_id for block in sources],
+                sources=[block.block_id for block in change.sources],
                 destinations=[block.block_id for block in destinations],
                 row_start=holes,
                 row_ids=[block.block_id for block in entries],
                 holes=new_holes,
+                removed=freed,
+                pooled=change.pooled,
+                rounds=change.rounds,
+                outputs=change.outputs,
+                exact=step.pooled.exact if step.pooled is not None else 0,
+                end=(state.trajectory.base + state.trajectory.removed[group] + step.kept) * size,
             )
         )
         self.totals.requests += not state.started
         self.totals.compactions += 1
-        self.totals.blocks_freed += step.old - step.kept
-        self.totals.tokens_removed += (step.old - step.kept) * self.schedule.block_size
+        self.totals.blocks_freed += freed
+        self.totals.tokens_removed += freed * size
         state.started = True
-        reused = {block.block_id for block in destinations}
-        # Reversed, as vLLM frees: the start of a prompt is the last to leave the cache.
-        self.block_pool.free_blocks(b for b in reversed(sources) if b.block_id not in reused)
+        self._give_up(change.sources, destinations, references, after.references())
 
     def take_plans(self) -> list[CompactionPlan]:
         """The plans made since the last call, in the order in which they must run."""
@@ -201,17 +247,18 @@ class Planner:
         return plans
 
     def _destinations(
-        self, sources: Sequence[KVCacheBlock], count: int
+        self, sources: Sequence[KVCacheBlock], count: int, references: Mapping[int, int]
     ) -> list[KVCacheBlock] | None:
         """Blocks to compact into, or ``None`` if there are not enough.
 
         A block that another request references or that the prefix cache knows is never
         written. Own unhashed blocks come first (they need no room), then fresh ones, so
         that hashed blocks return to the pool with their hashes; own hashed blocks are
-        taken out of the prefix cache only when the pool has no fresh ones.
+        taken out of the prefix cache only when the pool has no fresh ones. ``references``
+        are the request's own, by block id.
         """
         pool = self.block_pool
-        own = [block for block in sources if block.ref_cnt == 1]
+        own = [block for block in sources if block.ref_cnt == references[block.block_id]]
         chosen = [block for block in own if block.block_hash is None][:count]
         missing = count - len(chosen)
         fresh = min(missing, pool.get_num_free_blocks())
@@ -225,3 +272,22 @@ class Planner:
             pool.evict_blocks({block.block_id for block in taken})
             chosen += taken
         return chosen + pool.get_new_blocks(fresh)
+
+    def _give_up(
+        self,
+        sources: Sequence[KVCacheBlock],
+        destinations: Sequence[KVCacheBlock],
+        before: Mapping[int, int],
+        after: Mapping[int, int],
+    ) -> None:
+        """Set the references of written blocks and return the others that were read."""
+        gone = []
+        for block in sources:
+            if block.block_id not in after:
+                # Freeing takes one reference away; a pooled block may have several.
+                block.ref_cnt -= before[block.block_id] - 1
+                gone.append(block)
+        for block in destinations:
+            block.ref_cnt = after[block.block_id]
+        # Reversed, as vLLM frees: the start of a prompt is the last to leave the cache.
+        self.block_pool.free_blocks(reversed(gone))

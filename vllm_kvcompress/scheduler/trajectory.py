@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.levels import Merges, plan_merges
 from vllm_kvcompress.settings import Phase, Settings
 
 NEVER = 1 << 62
@@ -61,11 +62,40 @@ class Schedule(NamedTuple):
         )
 
 
+class Pooled(NamedTuple):
+    """What a compaction merges in one group.
+
+    Attributes
+    ----------
+    lead : int
+        Blocks before the pooled ones that are left alone (sinks).
+    before : list of int
+        Number of pooled blocks by level before this compaction.
+    fresh : int
+        Blocks' worth of tokens that join the pooled ones at level 0: blocks that left the
+        recent window, or tokens that ranking leaves over.
+    ranked : int
+        Blocks whose tokens are ranked by a score, after the pooled ones; 0 if none are.
+    exact : int
+        Latest of the old blocks that no compaction has written yet.
+    merges : Merges
+        Over the pooled blocks and, after them, the fresh ones.
+    """
+
+    lead: int
+    before: list[int]
+    fresh: int
+    ranked: int
+    exact: int
+    merges: Merges
+
+
 class Step(NamedTuple):
-    """One group's part in a compaction: the blocks ``[holes, holes + old)`` become ``kept``."""
+    """One group's part in a compaction: its ``old`` oldest blocks become ``kept``."""
 
     old: int
     kept: int
+    pooled: Pooled | None = None
 
 
 @dataclass
@@ -84,6 +114,10 @@ class Trajectory:
         What the compaction at ``position`` does, by KV cache group.
     removed : list of int
         Blocks removed so far per group, those of ``steps`` included.
+    levels : list of (list of int)
+        Number of pooled blocks by level, per group; empty where nothing merges.
+    written : list of int
+        Blocks that the last compaction left, per group where something merges.
     due : int
         Position of the next compaction.
     """
@@ -94,12 +128,16 @@ class Trajectory:
     position: int = field(init=False, default=0)
     steps: dict[int, Step] = field(init=False, default_factory=dict)
     removed: list[int] = field(init=False)
+    levels: list[list[int]] = field(init=False)
+    written: list[int] = field(init=False)
     due: int = field(init=False)
 
     def __post_init__(self) -> None:
         decode = self.schedule.phase == "decode"
         self.base = -(-self.prompt_tokens // self.schedule.block_size) if decode else 0
         self.removed = [0] * len(self.schedule.limits)
+        self.levels = [[] for _ in self.schedule.limits]
+        self.written = [0] * len(self.schedule.limits)
         self.due = self._next_due(0)
 
     def advance(self, computed: int) -> None:
@@ -114,6 +152,9 @@ class Trajectory:
             self.position = self.due
             self.steps = self._steps_at(self.due)
             for group, step in self.steps.items():
+                limits = self.schedule.limits[group]
+                if limits is not None and limits.merging is not None:
+                    self.steps[group] = self._merge(group, limits, step)
                 self.removed[group] += step.old - step.kept
             self.due = self._next_due(self.position)
 
@@ -141,6 +182,25 @@ class Trajectory:
                 if kept < old:
                     steps[group] = Step(old, kept)
         return steps
+
+    def _merge(self, group: int, limits: Limits, step: Step) -> Step:
+        """Plan the merges of a step, and note the levels that they lead to."""
+        assert limits.merging is not None
+        before = self.levels[group]
+        held = sum(before)
+        if limits.merging.share is None:
+            lead, ranked = limits.sink_blocks, 0
+            fresh, pooled = step.old - lead - held, step.kept - lead
+        else:
+            least = limits.pooled_at_least(self.position)
+            pooled = max(int(step.kept * limits.merging.share), least)
+            lead, ranked = 0, step.old - held
+            fresh = ranked - (step.kept - pooled)
+        merges = plan_merges([sum(before[:1]) + fresh, *before[1:]], pooled)
+        exact = step.old - self.written[group]
+        self.levels[group] = merges.counts
+        self.written[group] = step.kept
+        return step._replace(pooled=Pooled(lead, before, fresh, ranked, exact, merges))
 
     def _next_due(self, position: int) -> int:
         """First grid position after ``position`` at which some group is over its budget."""

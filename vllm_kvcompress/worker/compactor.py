@@ -1,4 +1,4 @@
-"""Moving the kept keys and values of a request into fewer blocks."""
+"""Moving or merging the keys and values of a request into fewer blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from vllm.utils import torch_utils
 
 from vllm_kvcompress.methods import Method, ScoreContext, select_tokens
 from vllm_kvcompress.scheduler.plan import CompactionPlan
-from vllm_kvcompress.worker.pages import LayerPages, take_tokens
+from vllm_kvcompress.worker.band import BandPages
+from vllm_kvcompress.worker.merger import Contents, Merger
+from vllm_kvcompress.worker.pages import take_tokens
 
 
 @dataclass
@@ -32,18 +34,17 @@ class CompactionTotals:
 
 
 @dataclass(frozen=True)
-class GroupPages:
+class Band:
     """The layers of one compressed KV cache group.
 
     Attributes
     ----------
-    layers : mapping of int to LayerPages
-        Pages by layer index.
+    pages : BandPages
     sinks : int
         First tokens of a request that always stay.
     """
 
-    layers: Mapping[int, LayerPages]
+    pages: BandPages
     sinks: int
 
 
@@ -52,31 +53,35 @@ class Compactor:
 
     Parameters
     ----------
-    groups : mapping of int to GroupPages
+    groups : mapping of int to Band
         Compressed groups by KV cache group index.
-    method : Method
-    block_size : int
-        Tokens per block.
+    method : Method or None
+        Ranks tokens; ``None`` if all are merged.
+    merger : Merger or None
+        ``None`` if nothing is merged.
     first_head, total_heads : int
         First KV head held by this worker and KV heads of the model.
     """
 
     def __init__(
         self,
-        groups: Mapping[int, GroupPages],
-        method: Method,
-        block_size: int,
+        groups: Mapping[int, Band],
+        method: Method | None,
+        merger: Merger | None,
         first_head: int,
         total_heads: int,
     ) -> None:
         self.groups = groups
         self.method = method
-        self.block_size = block_size
+        self.merger = merger
         self.first_head = first_head
         self.total_heads = total_heads
+        self.block_size, self.heads, _ = next(iter(groups.values())).pages.shape
         self.totals = CompactionTotals()
         self.on_kept: Callable[[CompactionPlan, int, torch.Tensor], None] | None = None
         """For tests: called with plan, layer and kept indices ``[kv_heads, kept]``."""
+        self.on_written: Callable[[CompactionPlan, int, torch.Tensor], None] | None = None
+        """For tests: called with plan, layer and raw keys ``[kv_heads, tokens, head_dim]``."""
 
     @torch.inference_mode()
     def run(self, plans: Sequence[CompactionPlan]) -> None:
@@ -84,27 +89,70 @@ class Compactor:
         started = time.perf_counter()
         for plan in plans:
             self._run(plan)
-            freed = len(plan.sources) - len(plan.destinations)
             self.totals.compactions += 1
-            self.totals.blocks_freed += freed
-            self.totals.tokens_removed += freed * self.block_size
+            self.totals.blocks_freed += plan.removed
+            self.totals.tokens_removed += plan.removed * self.block_size
         self.totals.seconds += time.perf_counter() - started
 
     def _run(self, plan: CompactionPlan) -> None:
-        group = self.groups[plan.group]
-        device = next(iter(group.layers.values())).device
+        band = self.groups[plan.group]
+        device = band.pages.device
         # From pinned memory: a copy from pageable memory may wait for the device.
         sources = torch_utils.async_tensor_h2d(plan.sources, device, torch.int64)
         destinations = torch_utils.async_tensor_h2d(plan.destinations, device, torch.int64)
-        keep = len(plan.destinations) * self.block_size
-        for layer, pages in group.layers.items():
-            keys = pages.keys.read(sources)
-            context = ScoreContext(layer, plan.position, self.first_head, self.total_heads)
-            floats = pages.as_float(keys) if self.method.needs_keys else keys
-            kept = select_tokens(self.method.score(floats, context), keep, group.sinks)
-            if self.on_kept is not None:
-                self.on_kept(plan, layer, kept)
-            # Both reads come before the writes: a destination may be a source.
-            values = pages.values.take(sources, kept)
-            pages.keys.write(destinations, take_tokens(keys, kept))
-            pages.values.write(destinations, values)
+        for pages in band.pages.slices(len(plan.sources)):
+            # All reads come before the writes: a destination may be a source.
+            if self.merger is None:
+                contents = self._evict(plan, pages, sources, band.sinks)
+            else:
+                contents = self._merge(plan, pages, sources, band.sinks)
+                self.merger.note(pages, destinations, contents)
+            pages.write(destinations, contents.keys, contents.values)
+            if self.on_written is not None:
+                for layer, keys in zip(pages.layers, contents.keys.split(self.heads), strict=True):
+                    self.on_written(plan, layer, keys)
+
+    def _evict(
+        self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
+    ) -> Contents:
+        keys = pages.read_keys(sources)
+        kept = self._select(plan, pages, keys, len(plan.destinations), sinks)
+        return Contents(take_tokens(keys, kept), pages.take_values(sources, kept))
+
+    def _merge(
+        self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
+    ) -> Contents:
+        assert self.merger is not None
+        pooled = self.merger.read(plan, pages, sources)
+        best: list[Contents] = []
+        if plan.pooled < len(plan.sources):
+            pooled, ranked = pooled.split(plan.pooled * self.block_size)
+            blocks = len(plan.destinations) - len(plan.outputs)
+            kept = self._select(plan, pages, ranked.keys, blocks, sinks)
+            pooled = Contents.join([pooled, ranked.without(kept)])
+            best = [ranked.take(kept)]
+        return Contents.join([self.merger.merge(plan, pages, pooled), *best])
+
+    def _select(
+        self, plan: CompactionPlan, pages: BandPages, keys: torch.Tensor, blocks: int, sinks: int
+    ) -> torch.Tensor:
+        """Tokens to keep in so many blocks, ``[layers * kv_heads, kept]``."""
+        assert self.method is not None
+        method = self.method
+        floats = pages.as_float(keys) if method.needs_keys else keys
+        layers = list(pages.layers)
+        if method.same_for_all_layers:
+            scores = method.score(floats, self._context(plan, layers[0]))
+        else:
+            parts = zip(layers, floats.split(self.heads), strict=True)
+            scores = torch.cat(
+                [method.score(part, self._context(plan, layer)) for layer, part in parts]
+            )
+        kept = select_tokens(scores, blocks * self.block_size, sinks)
+        if self.on_kept is not None:
+            for layer, own in zip(layers, kept.split(self.heads), strict=True):
+                self.on_kept(plan, layer, own)
+        return kept
+
+    def _context(self, plan: CompactionPlan, layer: int) -> ScoreContext:
+        return ScoreContext(layer, plan.position, self.first_head, self.total_heads)

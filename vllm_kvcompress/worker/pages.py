@@ -66,6 +66,14 @@ class LayerPages:
         """Raw integers as float32 numbers (without the layer's fp8 scale)."""
         return elements.view(self.element).float()
 
+    def as_raw(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Float32 numbers as raw integers of the cache's type, the inverse of as_float."""
+        if self.element.itemsize == 1:
+            # Turning a key may lead past the largest fp8 number, which is no number any more.
+            most = torch.finfo(self.element).max
+            numbers = numbers.clamp(-most, most)
+        return numbers.to(self.element).view(RAW_DTYPES[self.element.itemsize])
+
 
 class PagePart(ABC):
     """The keys or the values in the pages of one layer.

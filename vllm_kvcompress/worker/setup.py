@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
@@ -14,11 +15,14 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCa
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
 from vllm_kvcompress.attention.holes import HoleCounts
 from vllm_kvcompress.bands import plan_bands
-from vllm_kvcompress.methods import METHODS
+from vllm_kvcompress.methods import MERGING, METHODS, POOLINGS
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
-from vllm_kvcompress.settings import CONFIG_KEY, SettingsError, parse_settings
-from vllm_kvcompress.worker.compactor import Compactor, GroupPages
+from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
+from vllm_kvcompress.worker.band import BandPages
+from vllm_kvcompress.worker.compactor import Band, Compactor
+from vllm_kvcompress.worker.merger import Merger
 from vllm_kvcompress.worker.pages import LayerPages
+from vllm_kvcompress.worker.rotary import learn_rotation
 
 
 @dataclass
@@ -72,6 +76,7 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
         config.model_config.get_num_layers(config.parallel_config),
         next(iter(specs.values())).block_size,
         sorted(eligible),
+        longest=config.model_config.max_model_len,
     )
     result = dict(specs)
     for band in bands:
@@ -127,7 +132,8 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
         if (target := getattr(layer, "kv_sharing_target_layer_name", None))
     }
     holes = HoleCounts(len(runner.attn_groups), runner.max_num_reqs, holes_by_slot)
-    groups: dict[int, GroupPages] = {}
+    groups: dict[int, Band] = {}
+    names: list[str] = []
     num_blocks = runner.kv_cache_config.num_blocks
     for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         spec = group.kv_cache_spec
@@ -144,23 +150,44 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
                 f"kvcompress: layers {sorted(sharing)} share their cache with other layers, "
                 "which cannot be combined with compression yet."
             )
-        groups[index] = GroupPages(
-            {
-                extract_layer_index(name): _pages(
-                    layers[name], spec, num_blocks, config.cache_config.cache_dtype
-                )
-                for name in sorted(group.layer_names, key=extract_layer_index)
-            },
-            spec.limits.sinks,
-        )
-    block_size, heads, _ = next(iter(next(iter(groups.values())).layers.values())).shape
+        pages = {
+            extract_layer_index(name): _pages(
+                layers[name], spec, num_blocks, config.cache_config.cache_dtype
+            )
+            for name in sorted(group.layer_names, key=extract_layer_index)
+        }
+        groups[index] = Band(BandPages(pages), spec.limits.sinks)
+        names += group.layer_names
+    heads = next(iter(groups.values())).pages.shape[1]
     total = config.model_config.get_total_num_kv_heads()
     size = config.parallel_config.tensor_parallel_size
     # With more ranks than KV heads, neighbouring ranks hold copies of one head.
     first = get_tensor_model_parallel_rank() * max(total, 1) // size if size > 1 else 0
-    method = METHODS[settings.method](seed=settings.seed)
-    compactor = Compactor(groups, method, block_size, first, max(total, heads))
-    return WorkerState(compactor, holes)
+    ranking = MERGING.get(settings.method, settings.method)
+    method = METHODS[ranking](seed=settings.seed) if ranking is not None else None
+    merger = None
+    if settings.method in MERGING:
+        merger = _merger(settings, runner.get_model(), names, groups, num_blocks)
+    return WorkerState(Compactor(groups, method, merger, first, max(total, heads)), holes)
+
+
+def _merger(
+    settings: Settings, model: Any, names: list[str], groups: dict[int, Band], num_blocks: int
+) -> Merger:
+    """What pools the blocks of these layers."""
+    pooling = POOLINGS[settings.pooling]()
+    if not pooling.needs_rotation:
+        return Merger(pooling, None)
+    size, heads, dim = next(iter(groups.values())).pages.shape
+    rotation = learn_rotation(model, names, dim)
+    if rotation is None or MERGING[settings.method] is None:
+        return Merger(pooling, rotation)
+    centres = {
+        layer: torch.zeros(num_blocks, heads, size, device=band.pages.device)
+        for band in groups.values()
+        for layer in band.pages.layers
+    }
+    return Merger(pooling, rotation, centres)
 
 
 def _check_groups(intended: dict[str, KVCacheSpec], groups: Sequence[KVCacheGroupSpec]) -> None:
