@@ -1,6 +1,6 @@
 """Stock vLLM against compression on the same KV memory, in one run, as JSON.
 
-    python -m bench.smoke            # about 10 minutes on 2 cores
+    python -m bench.smoke            # about 12 minutes on 2 cores
     python -m bench.smoke --quick    # a few requests, only to see that it works
 
 Two questions: how much more output the same memory gives when it is short, and whether
@@ -32,6 +32,13 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "flat": {"budget": 512},
     "pyramid": {"budget": 768, "pyramid_beta": 4.0, "bands": 6},
+    "pyramid-during-prefill": {
+        "budget": 768,
+        "pyramid_beta": 4.0,
+        "bands": 6,
+        "phase": "during_prefill",
+        "interval": 512,
+    },
 }
 """Settings of each contender; the baseline first."""
 

@@ -122,11 +122,14 @@ def engine(model: Path, kvcompress: dict[str, Any] | None = None, **args: Any) -
     if kvcompress is not None and "tensor_parallel_size" not in args:
 
         def keep(plan: Any, layer: int, kept: torch.Tensor) -> None:
-            if not running.plans or running.plans[-1] is not plan:
-                running.plans.append(plan)
             running.kept.append((plan, layer, kept.clone()))
 
+        def note(plan: Any, layer: int, keys: torch.Tensor) -> None:
+            if not running.plans or running.plans[-1] is not plan:
+                running.plans.append(plan)
+
         running.runner.kvcompress.compactor.on_kept = keep
+        running.runner.kvcompress.compactor.on_written = note
     try:
         yield running
     finally:

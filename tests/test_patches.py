@@ -108,8 +108,12 @@ def test_command_knows_its_version_under_any_distribution_name(
 ) -> None:
     import vllm.entrypoints.cli.main as unpatched
 
+    version = metadata.version
+
     def no_such_distribution(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
+        if name == "vllm":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
 
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setattr(sys, "argv", ["vllm", "--version"])

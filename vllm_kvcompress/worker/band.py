@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.worker.pages import LayerPages
+from vllm_kvcompress.worker.pages import LayerPages, PagePart
 
-MAX_SLICE = 1 << 23
+MAX_SLICE = 1 << 21
 """Most numbers of one kind (keys or values) that are worked on at once."""
 
 
@@ -20,7 +20,7 @@ class BandPages:
     Attributes
     ----------
     layers : mapping of int to LayerPages
-        Pages by layer index.
+        Pages by layer index; all laid out alike.
     """
 
     layers: Mapping[int, LayerPages]
@@ -35,6 +35,14 @@ class BandPages:
         """Where the pages are."""
         return next(iter(self.layers.values())).device
 
+    @property
+    def _keys(self) -> list[PagePart]:
+        return [pages.keys for pages in self.layers.values()]
+
+    @property
+    def _values(self) -> list[PagePart]:
+        return [pages.values for pages in self.layers.values()]
+
     def slices(self, blocks: int) -> Iterator[BandPages]:
         """Layers by the handful, so that float32 copies of ``blocks`` blocks stay small."""
         size, heads, dim = self.shape
@@ -45,21 +53,30 @@ class BandPages:
 
     def read_keys(self, blocks: torch.Tensor) -> torch.Tensor:
         """Raw keys ``[layers * kv_heads, tokens, head_dim]`` of blocks ``[n]``, int64."""
-        return torch.cat([pages.keys.read(blocks) for pages in self.layers.values()])
+        return self._keys[0].read_layers(self._keys, blocks)
 
     def read_values(self, blocks: torch.Tensor) -> torch.Tensor:
         """Raw values, as :meth:`read_keys`."""
-        return torch.cat([pages.values.read(blocks) for pages in self.layers.values()])
+        return self._values[0].read_layers(self._values, blocks)
+
+    def read_float_keys(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys as float32 numbers (without the layers' fp8 scales), as :meth:`read_keys`."""
+        element = next(iter(self.layers.values())).element
+        return self._keys[0].read_layers(self._keys, blocks, element)
+
+    def no_keys(self, blocks: int) -> torch.Tensor:
+        """Something of the shape of keys, for methods that do not look at them."""
+        size, heads, dim = self.shape
+        shape = (len(self.layers) * heads, blocks * size, dim)
+        return torch.empty(1, dtype=torch.float32, device=self.device).expand(shape)
+
+    def take_keys(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Raw keys of some tokens, ``[layers * kv_heads, kept]``, int64, of some blocks."""
+        return self._keys[0].take_layers(self._keys, blocks, tokens)
 
     def take_values(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Raw values of some tokens, ``[layers * kv_heads, kept]``, int64, of some blocks."""
-        parts = tokens.chunk(len(self.layers))
-        return torch.cat(
-            [
-                pages.values.take(blocks, part)
-                for pages, part in zip(self.layers.values(), parts, strict=True)
-            ]
-        )
+        """Raw values of some tokens, as :meth:`take_keys`."""
+        return self._values[0].take_layers(self._values, blocks, tokens)
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill blocks with raw keys and values ``[layers * kv_heads, tokens, head_dim]``."""

@@ -13,7 +13,6 @@ from vllm_kvcompress.methods import Method, ScoreContext, select_tokens
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.merger import Contents, Merger
-from vllm_kvcompress.worker.pages import take_tokens
 
 
 @dataclass
@@ -115,9 +114,13 @@ class Compactor:
     def _evict(
         self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
     ) -> Contents:
-        keys = pages.read_keys(sources)
-        kept = self._select(plan, pages, keys, len(plan.destinations), sinks)
-        return Contents(take_tokens(keys, kept), pages.take_values(sources, kept))
+        assert self.method is not None
+        if self.method.needs_keys:
+            floats = pages.read_float_keys(sources)
+        else:
+            floats = pages.no_keys(len(plan.sources))
+        kept = self._select(plan, pages, floats, len(plan.destinations), sinks)
+        return Contents(pages.take_keys(sources, kept), pages.take_values(sources, kept))
 
     def _merge(
         self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
@@ -128,18 +131,18 @@ class Compactor:
         if plan.pooled < len(plan.sources):
             pooled, ranked = pooled.split(plan.pooled * self.block_size)
             blocks = len(plan.destinations) - len(plan.outputs)
-            kept = self._select(plan, pages, ranked.keys, blocks, sinks)
+            floats = pages.as_float(ranked.keys)
+            kept = self._select(plan, pages, floats, blocks, sinks)
             pooled = Contents.join([pooled, ranked.without(kept)])
             best = [ranked.take(kept)]
         return Contents.join([self.merger.merge(plan, pages, pooled), *best])
 
     def _select(
-        self, plan: CompactionPlan, pages: BandPages, keys: torch.Tensor, blocks: int, sinks: int
+        self, plan: CompactionPlan, pages: BandPages, floats: torch.Tensor, blocks: int, sinks: int
     ) -> torch.Tensor:
         """Tokens to keep in so many blocks, ``[layers * kv_heads, kept]``."""
         assert self.method is not None
         method = self.method
-        floats = pages.as_float(keys) if method.needs_keys else keys
         layers = list(pages.layers)
         if method.same_for_all_layers:
             scores = method.score(floats, self._context(plan, layers[0]))

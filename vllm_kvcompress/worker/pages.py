@@ -6,8 +6,11 @@ are moved: in contiguous runs where there are any, one by one where there are no
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 
@@ -61,6 +64,13 @@ class LayerPages:
         keys, values = learn_offsets(layer, cache, self.element, self.shape)
         self.keys = _part(raw, keys)
         self.values = _part(raw, values)
+        self._offsets = torch.stack([keys, values])
+        self._page = raw.stride(0)
+
+    def lie_like(self, other: LayerPages) -> bool:
+        """Whether each element is at the same place of its page as in another layer."""
+        same = self.element == other.element and self._page == other._page
+        return same and torch.equal(self._offsets, other._offsets)
 
     def as_float(self, elements: torch.Tensor) -> torch.Tensor:
         """Raw integers as float32 numbers (without the layer's fp8 scale)."""
@@ -79,33 +89,52 @@ class PagePart(ABC):
     """The keys or the values in the pages of one layer.
 
     Blocks are given as ``[n]``, int64, on the cache's device; elements are raw integers
-    ``[kv_heads, n * block_size, head_dim]`` in block order, not always contiguous.
+    ``[kv_heads, n * block_size, head_dim]`` in block order, not always contiguous. Methods
+    on several layers take their parts, this one first, and have heads of all in one axis.
     """
 
     @abstractmethod
-    def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Copy the elements of some blocks."""
+    def read_layers(
+        self, parts: Sequence[Any], blocks: torch.Tensor, floats: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Copy the elements of some blocks; as float32 numbers if their type is given."""
+
+    @abstractmethod
+    def take_layers(
+        self, parts: Sequence[Any], blocks: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Copy some tokens of some blocks.
+
+        Parameters
+        ----------
+        parts : sequence of PagePart
+        blocks : torch.Tensor
+            ``[n]``, int64.
+        tokens : torch.Tensor
+            ``[layers * kv_heads, kept]``, int64, indices into the blocks' tokens.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[layers * kv_heads, kept, head_dim]``.
+        """
 
     @abstractmethod
     def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
         """Fill blocks with elements."""
 
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Copy the elements of some blocks of this layer."""
+        return self.read_layers([self], blocks)
+
     def take(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Copy some tokens of some blocks.
+        """Copy some tokens ``[kv_heads, kept]`` of some blocks of this layer."""
+        return self.take_layers([self], blocks, tokens)
 
-        Parameters
-        ----------
-        blocks : torch.Tensor
-            ``[n]``, int64.
-        tokens : torch.Tensor
-            ``[kv_heads, kept]``, int64, indices into the blocks' tokens.
 
-        Returns
-        -------
-        torch.Tensor
-            ``[kv_heads, kept, head_dim]``.
-        """
-        return take_tokens(self.read(blocks), tokens)
+def kernels() -> ModuleType:
+    """Compiled moves for the CPU; imported late, since other devices never need them."""
+    return importlib.import_module("vllm_kvcompress.worker.cpu_kernels")
 
 
 def take_tokens(elements: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,50 +149,161 @@ def take_tokens(elements: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return elements.reshape(heads * length, dim).index_select(0, rows).view(heads, -1, dim)
 
 
-class TokenMajor(PagePart):
-    """Each token's elements of a head are contiguous: a run is one key or value."""
+class RunPart(PagePart):
+    """A part whose elements lie in contiguous runs.
 
-    def __init__(self, raw: torch.Tensor, offsets: torch.Tensor) -> None:
-        _, self.heads, self.length = offsets.shape
-        self.runs = _runs(raw, self.length)
-        self.page_runs = raw.stride(0) // self.length
-        self.table = (offsets[..., 0].T // self.length).contiguous().to(raw.device)
-        """``[kv_heads, block_size]``: run of each token in its page."""
+    Parameters
+    ----------
+    raw : torch.Tensor
+        The layer's cache in manager blocks, raw.
+    table : torch.Tensor
+        ``[kv_heads, runs]``: start of each run in its page, a multiple of ``length``.
+    length : int
+        Elements per run.
+    """
 
-    def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        return self.runs.index_select(0, self._ids(blocks)).view(self.heads, -1, self.length)
+    def __init__(self, raw: torch.Tensor, table: torch.Tensor, length: int) -> None:
+        self.heads = table.shape[0]
+        self.length = length
+        self.runs = _runs(raw, length)
+        self.page_runs = raw.stride(0) // length
+        self.table = (table // length).contiguous().to(raw.device)
+        self.flat = self.runs.view(-1).numpy() if raw.device.type == "cpu" else None
+        """For compiled moves; they need the elements one by one."""
+        self.page = raw.stride(0)
+        self.starts = table.contiguous().numpy()
 
-    def take(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        ids = self._ids(blocks).view(self.heads, -1).gather(1, tokens)
-        return self.runs.index_select(0, ids.flatten()).view(self.heads, -1, self.length)
+    run_first: ClassVar[bool]
+    """Whether elements in block order are ordered by run, then block, or the other way."""
+
+    @classmethod
+    @abstractmethod
+    def shaped(cls, rows: torch.Tensor, heads: int, runs: int) -> torch.Tensor:
+        """Runs in the part's order, ``[heads * runs * n, length]``, as elements."""
+
+    @abstractmethod
+    def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        """Compiled :meth:`take`, to ``out`` as it lies in memory."""
+
+    def read_layers(
+        self,
+        parts: Sequence[RunPart],
+        blocks: torch.Tensor,
+        floats: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        heads, runs = self.table.shape
+        if self.flat is None:
+            ids = self._ids(blocks)
+            read = torch.cat([part.runs.index_select(0, ids) for part in parts])
+            rows = read if floats is None else read.view(floats).float()
+            return self.shaped(rows, len(parts) * heads, runs)
+        convert = floats == torch.bfloat16
+        dtype = torch.int32 if convert else self.runs.dtype
+        shape = (len(parts), heads * runs * len(blocks), self.length)
+        out = torch.empty(shape, dtype=dtype)
+        read_runs = kernels().read_bfloat16_runs if convert else kernels().read_runs
+        for part, rows in zip(parts, out.numpy(), strict=True):
+            read_runs(part.flat, part.page, part.starts, blocks.numpy(), rows, self.run_first)
+        elements = self.shaped(out.flatten(0, 1), len(parts) * heads, runs)
+        if floats is None:
+            return elements
+        return elements.view(torch.float32) if convert else elements.view(floats).float()
 
     def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
-        self.runs.index_copy_(0, self._ids(blocks), elements.reshape(-1, self.length))
+        rows = self._in_runs(elements)
+        if self.flat is None:
+            self.runs.index_copy_(0, self._ids(blocks), rows)
+            return
+        values = rows.contiguous().numpy()
+        kernels().write_runs(
+            self.flat, self.page, self.starts, blocks.numpy(), values, self.run_first
+        )
+
+    @abstractmethod
+    def _in_runs(self, elements: torch.Tensor) -> torch.Tensor:
+        """Elements as runs ``[kv_heads * runs * n, length]`` in the part's order."""
 
     def _ids(self, blocks: torch.Tensor) -> torch.Tensor:
+        if self.run_first:
+            return (blocks * self.page_runs + self.table[:, :, None]).flatten()
         return (blocks[:, None] * self.page_runs + self.table[:, None, :]).flatten()
 
 
-class TokenMinor(PagePart):
-    """Each dimension's elements of a head are contiguous: a run is one dimension of a block."""
+class TokenMajor(RunPart):
+    """Each token's elements of a head are contiguous: a run is one key or value."""
+
+    run_first = False
 
     def __init__(self, raw: torch.Tensor, offsets: torch.Tensor) -> None:
-        self.length, self.heads, self.dim = offsets.shape
-        self.runs = _runs(raw, self.length)
-        self.page_runs = raw.stride(0) // self.length
-        self.table = (offsets[0] // self.length).contiguous().to(raw.device)
-        """``[kv_heads, head_dim]``: run of each dimension in its page."""
+        super().__init__(raw, offsets[..., 0].T, offsets.shape[2])
 
-    def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        read = self.runs.index_select(0, self._ids(blocks))
-        return read.view(self.heads, self.dim, -1).transpose(1, 2)
+    @classmethod
+    def shaped(cls, rows: torch.Tensor, heads: int, runs: int) -> torch.Tensor:
+        return rows.view(heads, -1, rows.shape[-1])
 
-    def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
-        runs = elements.transpose(1, 2).reshape(-1, self.length)
-        self.runs.index_copy_(0, self._ids(blocks), runs)
+    def take_layers(
+        self, parts: Sequence[RunPart], blocks: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        own = tokens.chunk(len(parts))
+        shape = (len(tokens), tokens.shape[1], self.length)
+        if self.flat is None:
+            ids = self._ids(blocks).view(self.heads, -1)
+            taken = [
+                part.runs.index_select(0, ids.gather(1, of_layer).flatten())
+                for part, of_layer in zip(parts, own, strict=True)
+            ]
+            return torch.cat(taken).view(shape)
+        out = torch.empty(shape, dtype=self.runs.dtype)
+        for part, of_layer, target in zip(parts, own, out.chunk(len(parts)), strict=True):
+            part._take(blocks, of_layer, target)
+        return out
 
-    def _ids(self, blocks: torch.Tensor) -> torch.Tensor:
-        return (blocks * self.page_runs + self.table[:, :, None]).flatten()
+    def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        kernels().take_runs(
+            self.flat, self.page, self.starts, blocks.numpy(), tokens.numpy(), out.numpy()
+        )
+
+    def _in_runs(self, elements: torch.Tensor) -> torch.Tensor:
+        return elements.reshape(-1, self.length)
+
+
+class TokenMinor(RunPart):
+    """Each dimension's elements of a head are contiguous: a run is one dimension of a block."""
+
+    run_first = True
+
+    def __init__(self, raw: torch.Tensor, offsets: torch.Tensor) -> None:
+        super().__init__(raw, offsets[0], offsets.shape[0])
+
+    @classmethod
+    def shaped(cls, rows: torch.Tensor, heads: int, runs: int) -> torch.Tensor:
+        return rows.view(heads, runs, -1).transpose(1, 2)
+
+    def take_layers(
+        self, parts: Sequence[RunPart], blocks: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        if self.flat is None:
+            return take_tokens(self.read_layers(parts, blocks), tokens)
+        dims = self.table.shape[1]
+        out = torch.empty(len(tokens), dims, tokens.shape[1], dtype=self.runs.dtype)
+        count = len(parts)
+        for part, own, target in zip(parts, tokens.chunk(count), out.chunk(count), strict=True):
+            part._take(blocks, own, target)
+        return out.transpose(1, 2)
+
+    def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
+        kernels().take_across_runs(
+            self.flat,
+            self.page,
+            self.starts,
+            self.length,
+            blocks.numpy(),
+            tokens.numpy(),
+            out.numpy(),
+        )
+
+    def _in_runs(self, elements: torch.Tensor) -> torch.Tensor:
+        return elements.transpose(1, 2).reshape(-1, self.length)
 
 
 class Packed(PagePart):
@@ -176,9 +316,20 @@ class Packed(PagePart):
         self.block_size, self.heads, self.dim = offsets.shape
         self.pages = _strided_view(raw, offsets)
 
-    def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        length = len(blocks) * self.block_size
-        return self.pages[blocks].transpose(0, 1).reshape(self.heads, length, self.dim)
+    def read_layers(
+        self,
+        parts: Sequence[Packed],
+        blocks: torch.Tensor,
+        floats: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        shape = (self.heads, len(blocks) * self.block_size, self.dim)
+        elements = torch.cat([part.pages[blocks].transpose(0, 1).reshape(shape) for part in parts])
+        return elements if floats is None else elements.view(floats).float()
+
+    def take_layers(
+        self, parts: Sequence[Packed], blocks: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        return take_tokens(self.read_layers(parts, blocks), tokens)
 
     def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
         shape = (self.heads, len(blocks), *self.pages.shape[2:])

@@ -156,19 +156,25 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
             )
             for name in sorted(group.layer_names, key=extract_layer_index)
         }
+        first = next(iter(pages.values()))
+        if not all(other.lie_like(first) for other in pages.values()):
+            raise SettingsError(
+                f"kvcompress: layers {sorted(pages)} share a block table, but their page layouts "
+                "differ, which is not supported."
+            )
         groups[index] = Band(BandPages(pages), spec.limits.sinks)
         names += group.layer_names
     heads = next(iter(groups.values())).pages.shape[1]
     total = config.model_config.get_total_num_kv_heads()
     size = config.parallel_config.tensor_parallel_size
     # With more ranks than KV heads, neighbouring ranks hold copies of one head.
-    first = get_tensor_model_parallel_rank() * max(total, 1) // size if size > 1 else 0
+    first_head = get_tensor_model_parallel_rank() * max(total, 1) // size if size > 1 else 0
     ranking = MERGING.get(settings.method, settings.method)
     method = METHODS[ranking](seed=settings.seed) if ranking is not None else None
     merger = None
     if settings.method in MERGING:
         merger = _merger(settings, runner.get_model(), names, groups, num_blocks)
-    return WorkerState(Compactor(groups, method, merger, first, max(total, heads)), holes)
+    return WorkerState(Compactor(groups, method, merger, first_head, max(total, heads)), holes)
 
 
 def _merger(
