@@ -2,7 +2,8 @@
 
 The scheduler side is the true one: vLLM's block pool, managers and scheduler with our
 subclasses. The worker does what the V1 runner does with block tables and stores, for each
-slot of each physical block, *which* token's keys and values are there.
+slot of each physical block, *which* token's keys and values are there, or which pair of
+slots was pooled into it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from compaction_rule import Compaction, best_ranked, compaction, merge_pairs
 from transformers import LlamaConfig
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -175,7 +177,7 @@ def block_rows(scheduler: KVCompressSchedulerMixin) -> dict[str, list[list[Any]]
 
 def run_alone(
     options: EngineOptions, texts: Texts, prompt: Sequence[int], outputs: int
-) -> list[PlanRecord]:
+) -> list[Compaction]:
     """Compactions of one request in an engine of its own with room for everything."""
     alone = replace(
         options, num_blocks=500, caching=False, asynchronous=False, priority=False, v2_runner=False
@@ -216,10 +218,6 @@ class Texts:
         return STOP_TOKEN if mixed % 61 == 0 else 1 + mixed % 2
 
 
-PlanRecord = tuple[int, int, int, int]
-"""Position, group, blocks read and blocks kept of a compaction."""
-
-
 @dataclass
 class WorkerRequest:
     """A worker's view of one request.
@@ -228,39 +226,106 @@ class WorkerRequest:
     ----------
     tokens, nodes : list of int
         Known tokens, and the prefix that ends at each of them.
+    base : int
+        Leading blocks that are never compacted.
     rows : list of list of int
         Block table row per group.
-    live : list of list of int
-        What the cache of each group should hold, in age order.
-    holes : list of int
-        Null blocks at the start of each row.
+    known : list of list of int
+        What was computed for each token of the request, per group.
+    front : list of list of int
+        What attention should see, per group, of all blocks that the last compaction left.
+    behind : list of int
+        Position per group from which attention should see the tokens as computed.
+    contents : list of (list of list of int)
+        What each block that the last compaction left should hold, per group.
+    last : list of (Compaction or None)
+        Last compaction per group.
+    holes, removed : list of int
+        Null blocks at the start of each row, and blocks given up.
     computed : int
         Tokens computed so far.
-    plans : list of PlanRecord
+    plans : list of Compaction
         Compactions since the request was started or resumed.
     """
 
     tokens: list[int]
+    base: int
     rows: list[list[int]]
-    live: list[list[int]]
-    holes: list[int]
     computed: int
     nodes: list[int] = field(default_factory=list)
-    plans: list[PlanRecord] = field(default_factory=list)
+    known: list[list[int]] = field(default_factory=list)
+    front: list[list[int]] = field(init=False)
+    behind: list[int] = field(init=False)
+    contents: list[list[list[int]]] = field(init=False)
+    last: list[Compaction | None] = field(init=False)
+    holes: list[int] = field(init=False)
+    removed: list[int] = field(init=False)
+    plans: list[Compaction] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        count = len(self.rows)
+        self.front, self.contents = [[] for _ in self.rows], [[] for _ in self.rows]
+        self.behind, self.holes, self.removed = [0] * count, [0] * count, [0] * count
+        self.last = [None] * count
+
+    def levels(self, group: int) -> tuple[int, ...]:
+        """Levels of the blocks from ``base`` on, as far as a compaction has left them."""
+        last = self.last[group]
+        return last.levels if last is not None else ()
+
+
+class Pairs:
+    """Names every pair of slots, older one first, by a number of its own."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[int, int], int] = {}
+        self._depths: dict[int, int] = {}
+
+    def name(self, older: int, newer: int) -> int:
+        """The slot that two others of the same level are pooled into."""
+        known = self._names.get((older, newer))
+        if known is None:
+            depth = self.depth(older)
+            assert depth == self.depth(newer), "slots of different levels are pooled"
+            known = self._names[older, newer] = (1 << 50) + len(self._names)
+            self._depths[known] = depth + 1
+        return known
+
+    def depth(self, slot: int) -> int:
+        """How often a slot was pooled."""
+        return self._depths.get(slot, 0)
+
+    def neighbours(self, older: Sequence[int], newer: Sequence[int]) -> list[int]:
+        """Two blocks into one: first slot with second, third with fourth, and so on."""
+        slots = [*older, *newer]
+        return [self.name(*slots[index : index + 2]) for index in range(0, len(slots), 2)]
+
+    def span(self, tokens: Sequence[int]) -> int:
+        """The slot of ``2**level`` consecutive tokens."""
+        if len(tokens) == 1:
+            return tokens[0]
+        middle = len(tokens) // 2
+        return self.name(self.span(tokens[:middle]), self.span(tokens[middle:]))
 
 
 class BookkeepingWorker:
     """Executes scheduler outputs on a model of the pages.
 
-    A slot holds ``exact(node, group)`` for a token computed with its whole past, or a
-    number used once and never again for a token computed with a compressed past.
+    A slot holds ``exact(node, group)`` for a token computed with its whole past, a number
+    used once and never again for a token computed with a compressed past, or the name of
+    the pair of slots that it was pooled from.
     """
 
     def __init__(self, options: EngineOptions, texts: Texts) -> None:
         self.size = options.block_size
+        self.limits = options.limits
         self.groups = len(options.limits)
+        self.phase = options.phase
         self.texts = texts
+        self.pairs = Pairs()
         self.pages = [[0] * self.size for _ in range(options.num_blocks)]
+        self.noted: dict[int, list[int]] = {}
+        """What a compaction last wrote to a block: workers remember positions of its keys."""
         self.requests: dict[str, WorkerRequest] = {}
         self._inexact = itertools.count(-1, -1)
 
@@ -291,36 +356,125 @@ class BookkeepingWorker:
         """Attention must see, through the block table, exactly what the request should."""
         request = self.requests[name]
         for group, row in enumerate(request.rows):
-            live, holes = request.live[group], request.holes[group]
-            seen = [slot for block in row[holes:] for slot in self.pages[block]]
+            holes = request.holes[group]
+            live = request.front[group] + request.known[group][request.behind[group] :]
+            seen = self._slots(row[holes:])
             assert row[:holes] == [0] * holes
             assert 0 not in row[holes:]
             assert len(live) == request.computed - holes * self.size
             assert seen[: len(live)] == live, f"request {name}, group {group}: wrong contents"
 
+    def _slots(self, blocks: Sequence[int]) -> list[int]:
+        return list(itertools.chain.from_iterable([self.pages[block] for block in blocks]))
+
+    def _cut(self, slots: Sequence[int]) -> list[list[int]]:
+        """Slots as blocks."""
+        return [list(slots[i : i + self.size]) for i in range(0, len(slots), self.size)]
+
     def _compact(self, plan: CompactionPlan) -> None:
-        request = self.requests[plan.request_id]
-        row, live = request.rows[plan.group], request.live[plan.group]
-        before = request.holes[plan.group]
-        removed = plan.holes - before
-        untouched = len(plan.row_ids) - removed - len(plan.destinations)
-        first = before + untouched
+        request, limits = self.requests[plan.request_id], self.limits[plan.group]
+        assert limits is not None
+        row, before = request.rows[plan.group], request.holes[plan.group]
+        end = before + len(plan.row_ids)
+        listed = limits.merging is not None and limits.merging.count
         assert plan.position == request.computed
         assert plan.row_start == before
-        assert row[first : first + len(plan.sources)] == plan.sources
-        assert len(plan.sources) - len(plan.destinations) == removed > 0
+        assert plan.end == end * self.size, "the sources end elsewhere"
+        assert plan.holes == (0 if listed else before + plan.removed)
+        assert plan.removed > 0
+        assert len(set(plan.sources)) == len(plan.sources)
         assert len(set(plan.destinations)) == len(plan.destinations)
-        start = untouched * self.size
-        items = [slot for block in plan.sources for slot in self.pages[block]]
-        assert items == live[start : start + len(items)], "sources do not hold the request"
-        count = len(plan.destinations) * self.size
-        kept = [items[index * len(items) // count] for index in range(count)]
-        for index, block in enumerate(plan.destinations):
-            self.pages[block] = kept[index * self.size : (index + 1) * self.size]
-        live[start : start + len(items)] = kept
-        row[before : before + len(plan.row_ids)] = plan.row_ids
+        old = end - request.base - request.removed[plan.group]
+        blocks = list(dict.fromkeys(row[before + request.base : end]))
+        assert len(blocks) == old, "the row lists blocks too often or not often enough"
+        last = request.last[plan.group]
+        step = compaction(limits, plan.position, plan.group, old, old - plan.removed, last)
+        assert plan.sources == [blocks[index] for index in step.read], "wrong blocks are read"
+
+        self._expect(request, step, limits, end * self.size)
+        if limits.merging is not None and limits.merging.share is not None:
+            self._check_exact(request, plan)
+        written = self._written(plan, limits)
+        assert len(written) == len(plan.destinations)
+        for block, slots in zip(plan.destinations, written, strict=True):
+            self.pages[block], self.noted[block] = list(slots), list(slots)
+        row[before:end] = plan.row_ids
         request.holes[plan.group] = plan.holes
-        request.plans.append((plan.position, plan.group, len(plan.sources), len(plan.destinations)))
+        request.removed[plan.group] += plan.removed
+        request.last[plan.group] = step
+        request.plans.append(step)
+
+    def _written(self, plan: CompactionPlan, limits: Limits) -> list[list[int]]:
+        """What a plan writes, block by block, worked out as a worker does."""
+        blocks = [self.pages[block] for block in plan.sources[: plan.pooled]]
+        ranked = self._slots(plan.sources[plan.pooled :])
+        kept = best_ranked(len(ranked), self.size * (len(plan.destinations) - len(plan.outputs)))
+        assert len(kept) >= limits.sinks or not ranked, "the sinks do not fit"
+        best = [ranked[index] for index in kept]
+        if limits.merging is None:
+            assert not (plan.pooled or plan.rounds or plan.outputs)
+            return self._cut(best)
+        chosen = set(kept)
+        blocks += self._cut([slot for i, slot in enumerate(ranked) if i not in chosen])
+        for level, older, newer in plan.rounds:
+            numbers = {*older, *newer}
+            assert len(numbers) == len(older) + len(newer), "a round merges a block twice"
+            assert numbers <= set(range(len(blocks))), "a round merges a block that is not there"
+            pairs = [(blocks[a], blocks[b]) for a, b in zip(older, newer, strict=True)]
+            for slot in itertools.chain.from_iterable(itertools.chain.from_iterable(pairs)):
+                assert self.pairs.depth(slot) == level, "a round of another level"
+            blocks += [self.pairs.neighbours(*pair) for pair in pairs]
+        return [blocks[output] for output in plan.outputs] + self._cut(best)
+
+    def _check_exact(self, request: WorkerRequest, plan: CompactionPlan) -> None:
+        """A worker takes the last ``exact`` blocks for plain tokens that end at ``end``."""
+        known = request.known[plan.group]
+        written = plan.sources[: len(plan.sources) - plan.exact]
+        tokens = self._slots(plan.sources[len(written) :])
+        assert len(tokens) == plan.exact * self.size
+        assert tokens == known[plan.end - len(tokens) : plan.end], "exact blocks are not"
+        for block in written:
+            assert self.noted.get(block) == self.pages[block], "nobody noted what a block holds"
+
+    def _expect(self, request: WorkerRequest, step: Compaction, limits: Limits, end: int) -> None:
+        """Note what attention should see from now on, whatever the plan does."""
+        known, size = request.known[step.group], self.size
+        start, merging = request.base * size, limits.merging
+        held = request.contents[step.group]
+        held = held + self._cut(known[end - (step.old - len(held)) * size : end])
+        assert len(held) == step.old
+        if merging is None:
+            slots = [slot for block in held for slot in block]
+            after = [slots[i] for i in best_ranked(len(slots), step.kept * size)]
+            contents = self._cut(after)
+        elif merging.share is None:
+            # Every slot stands for consecutive tokens: levels say which.
+            contents, position = [], start
+            for level in step.levels:
+                tokens = known[position : position + (size << level)]
+                width = 1 << level
+                contents.append(
+                    [self.pairs.span(tokens[i : i + width]) for i in range(0, len(tokens), width)]
+                )
+                position += size << level
+            assert position == end
+        else:
+            last = request.last[step.group]
+            levels = last.levels[: last.pooled] if last is not None else ()
+            slots = [slot for block in held[len(levels) :] for slot in block]
+            best = best_ranked(len(slots), (step.kept - step.pooled) * size)
+            rest = self._cut([slot for i, slot in enumerate(slots) if i not in set(best)])
+            pool = zip((*levels, *(0 for _ in rest)), held[: len(levels)] + rest, strict=True)
+            merged = merge_pairs(list(pool), step.pooled, self.pairs.neighbours)
+            assert tuple(level for level, _ in merged) == step.levels[: step.pooled]
+            contents = [block for _, block in merged] + self._cut([slots[i] for i in best])
+        times = [1 << level if merging and merging.count else 1 for level in step.levels]
+        assert len(contents) == step.kept
+        request.contents[step.group] = contents
+        request.front[step.group] = known[:start]
+        for block, count in zip(contents, times, strict=True):
+            request.front[step.group] += block * count
+        request.behind[step.group] = end
 
     def _update_rows(self, output: SchedulerOutput, known: dict[str, Request]) -> set[str]:
         """Rows of new, resumed and running requests; returns the first two kinds."""
@@ -342,16 +496,16 @@ class BookkeepingWorker:
         return fresh
 
     def _start(self, request: Request, blocks: Sequence[list[int]], computed: int) -> None:
+        prompt_blocks = -(-request.num_prompt_tokens // self.size)
         mine = self.requests[request.request_id] = WorkerRequest(
             tokens=list(request.all_token_ids),
+            base=prompt_blocks if self.phase == "decode" else 0,
             rows=[list(row) for row in blocks],
-            live=[],
-            holes=[0] * self.groups,
             computed=computed,
         )
         self.texts.extend(mine.nodes, mine.tokens)
         # A prefix-cache hit must be the request's own prefix, computed in full.
-        mine.live = [
+        mine.known = [
             [self.exact(node, group) for node in mine.nodes[:computed]]
             for group in range(self.groups)
         ]
@@ -369,7 +523,7 @@ class BookkeepingWorker:
                 block = row[position // self.size]
                 assert block != 0
                 self.pages[block][position % self.size] = slot
-                request.live[group].append(slot)
+                request.known[group].append(slot)
         request.computed = end
 
     def _sample(self, output: SchedulerOutput) -> ModelRunnerOutput:

@@ -1,7 +1,7 @@
-"""What must hold in an engine after every step, and the rule for compactions written anew.
+"""What must hold in an engine after every step.
 
-Nothing here uses :mod:`vllm_kvcompress.scheduler.trajectory`: the rule is written from the
-design, position by position.
+Nothing here uses :mod:`vllm_kvcompress.scheduler.trajectory`: which compactions are due, and
+what they do, comes from :mod:`compaction_rule`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
-from math import ceil
 from typing import Any
 
+from compaction_rule import Compaction, PlanRecord, expected_plans
 from engine_stub import (
     BookkeepingWorker,
     EngineOptions,
-    PlanRecord,
     Texts,
+    WorkerRequest,
     block_rows,
     build_scheduler,
 )
@@ -24,45 +24,8 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_kvcompress.bands import Merging
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
-
-
-def is_grid(options: EngineOptions, prompt: int, position: int) -> bool:
-    """Whether ``position`` is a place where compactions may happen."""
-    beyond = position - prompt
-    if options.phase == "decode":
-        return beyond >= options.interval and beyond % options.interval == 0
-    if beyond >= 0:
-        return beyond % options.interval == 0
-    return options.phase == "during_prefill" and position % options.interval == 0
-
-
-def expected_plans(options: EngineOptions, prompt: int, length: int) -> list[PlanRecord]:
-    """All compactions of a request on its way to ``length`` tokens, by the design's rule."""
-    size = options.block_size
-    base = ceil(prompt / size) if options.phase == "decode" else 0
-    removed = [0] * len(options.limits)
-    plans = []
-    for position in range(1, length):
-        if position < options.prune_after or not is_grid(options, prompt, position):
-            continue
-        for group, limits in enumerate(options.limits):
-            if limits is None:
-                continue
-            live = position - removed[group] - base * size
-            old = max(0, live - limits.recent) // size
-            rest = live - old * size
-            if limits.budget is None:
-                kept = ceil((ceil(limits.ratio * position) - rest) / size)
-            elif live > limits.budget:
-                kept = (limits.budget - rest) // size
-            else:
-                continue
-            kept = max(kept, ceil(limits.sinks / size), 1)
-            if kept < old:
-                plans.append((position, group, old, kept))
-                removed[group] += (old - kept) * size
-    return plans
 
 
 def _checked(method: Callable[..., None]) -> Callable[..., None]:
@@ -77,6 +40,14 @@ def _checked(method: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return wrapper
+
+
+def kind_of_merging(merging: Merging | None) -> str:
+    """What the compressed groups of an engine do, in words."""
+    if merging is None:
+        return "evict"
+    method = "merge" if merging.share is None else "knorm+merge"
+    return f"{method}, {'count' if merging.count else 'none'}"
 
 
 class Ledger:
@@ -100,10 +71,13 @@ class Ledger:
         self.texts = Texts()
         self.worker = BookkeepingWorker(options, self.texts)
         self.requests: dict[str, Request] = {}
-        self.histories: dict[str, list[PlanRecord]] = {}
+        self.histories: dict[str, list[Compaction]] = {}
+        self._listed = [bool(x and x.merging and x.merging.count) for x in options.limits]
+        merging = next(limits.merging for limits in options.limits if limits is not None)
+        self._kind = kind_of_merging(merging)
         self._bounds: dict[str, list[int]] = {}
-        self._expected: dict[str, list[PlanRecord]] = {}
-        self._hash_contents: dict[bytes, list[int]] = {}
+        self._expected: dict[str, list[Compaction]] = {}
+        self._hash_contents: dict[bytes, list[list[int]]] = {}
         self._unregistered: dict[str, Request] = {}
         self._registered: Counter[str] = Counter()
         self._hashed_at_first_plan: dict[str, set[int]] = {}
@@ -133,13 +107,14 @@ class Ledger:
         waits, planned = totals.waits, totals.compactions
         output = self.scheduler.schedule()
         self.seen["steps"] += 1
-        self.seen["preemptions"] += len(output.preempted_req_ids)
-        self.seen["waits"] += totals.waits - waits
+        self._see("preemptions", len(output.preempted_req_ids))
+        self._see("waits", totals.waits - waits)
         sent = len(getattr(output, PLANS_ATTRIBUTE, ()))
-        self.seen["dropped plans"] += totals.compactions - planned - sent
+        self._see("dropped plans", totals.compactions - planned - sent)
         self._check_due(output)
         self._flight.append((output, self.worker.execute(output, self.requests)))
         self.check()
+        self._check_done()
         self._check_hashed_contents()
         self._check_tables()
         while len(self._flight) > lag:
@@ -198,39 +173,60 @@ class Ledger:
 
     def _check_references(self, rows: dict[str, list[list[Any]]]) -> None:
         pool = self.pool
-        held = Counter(
-            block.block_id
-            for groups in rows.values()
-            for row in groups
-            for block in row
-            if not block.is_null
-        )
+        listings: Counter[int] = Counter()
+        holders: Counter[int] = Counter()
+        for groups in rows.values():
+            own = [block.block_id for row in groups for block in row]
+            listings.update(own)
+            holders.update(set(own))
+        null = pool.null_block.block_id
+        del listings[null]
         free = pool.free_block_queue.get_all_free_blocks()
         assert len(free) == pool.get_num_free_blocks() == len({b.block_id for b in free})
-        assert len(free) + len(held) + 1 == pool.num_gpu_blocks, "a block leaked"
+        assert len(free) + len(listings) + 1 == pool.num_gpu_blocks, "a block leaked"
         for block in free:
-            assert block.block_id not in held, "a free block is in use"
+            assert block.block_id not in listings, "a free block is in use"
         for block in pool.blocks[1:]:
-            count = held[block.block_id]
+            count = listings[block.block_id]
             assert block.ref_cnt == count, f"block {block.block_id}: wrong reference count"
-            if count > 1:
+            if count > 1 and holders[block.block_id] > 1:
                 assert block.block_hash is not None, "a block without hash is shared"
 
     def _check_rows(self, name: str, groups: list[list[Any]]) -> None:
         request = self.requests[name]
-        own = [block.block_id for row in groups for block in row if not block.is_null]
-        assert len(own) == len(set(own)), "a request holds a block twice"
-        if not own:
+        if not any(groups):
             return
+        mine = self.worker.requests[name]
         length = -(-request.num_computed_tokens // self.options.block_size)
+        own: list[int] = []
         for group, row in enumerate(groups):
             assert len(row) == length, "a block list lost its logical length"
-            held = sum(not block.is_null for block in row)
-            assert held <= self._bounds[name][group], "a request holds more than its bound"
+            ids = [block.block_id for block in row]
+            held = self._held(ids, mine, group)
+            assert len(held) <= self._bounds[name][group], "a request holds more than its bound"
+            own += held
+        assert len(own) == len(set(own)), "a request holds a block twice"
+        assert self.pool.null_block.block_id not in own, "a row has holes in its middle"
         if name in self._hashed_at_first_plan:
             hashed = {b for b in own if self.pool.blocks[b].block_hash is not None}
             new = hashed - self._hashed_at_first_plan[name]
             assert not new, "a block got a hash after the first compaction"
+
+    def _held(self, row: list[int], mine: WorkerRequest, group: int) -> list[int]:
+        """The blocks in a row, each once; checks that it lists pooled ones often enough."""
+        if not self._listed[group]:
+            holes = mine.holes[group]
+            assert row[:holes] == [self.pool.null_block.block_id] * holes
+            return row[holes:]
+        place = mine.base
+        held = row[:place]
+        for level in mine.levels(group):
+            times = 1 << level
+            run = row[place : place + times]
+            assert run == run[:1] * times, "a pooled block is not listed for all it stands for"
+            held += run[:1]
+            place += times
+        return held + row[place:]
 
     def _register_hashes(self) -> None:
         """Note which prefixes the hashes of vLLM stand for."""
@@ -245,7 +241,10 @@ class Ledger:
             self.texts.extend(nodes, request.all_token_ids)
             for index in range(known, len(request.block_hashes)):
                 part = nodes[index * size : (index + 1) * size]
-                self._hash_contents[request.block_hashes[index]] = part
+                self._hash_contents[request.block_hashes[index]] = [
+                    [self.worker.exact(node, group) for node in part]
+                    for group in range(len(self.options.limits))
+                ]
             self._registered[name] = len(request.block_hashes)
 
     def _check_hashed_contents(self) -> None:
@@ -255,10 +254,10 @@ class Ledger:
                 continue
             assert self.pool.cached_block_hash_to_block.contain(key, block.block_id)
             group = get_group_id(key)
-            nodes = self._hash_contents[get_block_hash(key)]
-            assert self.worker.pages[block.block_id] == [
-                self.worker.exact(node, group) for node in nodes
-            ], f"hashed block {block.block_id} holds something else"
+            contents = self._hash_contents[get_block_hash(key)][group]
+            assert self.worker.pages[block.block_id] == contents, (
+                f"hashed block {block.block_id} holds something else"
+            )
 
     def _check_tables(self) -> None:
         """The worker's block tables are the managers' block lists."""
@@ -277,9 +276,16 @@ class Ledger:
         sent: dict[str, list[PlanRecord]] = {name: [] for name in output.num_scheduled_tokens}
         for plan in getattr(output, PLANS_ATTRIBUTE, ()):
             assert plan.request_id in sent, "a plan for a request that does not run"
-            record = (plan.position, plan.group, len(plan.sources), len(plan.destinations))
-            sent[plan.request_id].append(record)
-            self.seen["plans"] += 1
+            sent[plan.request_id].append(
+                (
+                    plan.position,
+                    plan.group,
+                    len(plan.sources),
+                    len(plan.destinations),
+                    plan.removed,
+                )
+            )
+            self._see("plans")
         cached = output.scheduled_cached_reqs
         starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         starts |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
@@ -289,18 +295,25 @@ class Ledger:
             request = self.requests[name]
             if name in begun:
                 self.histories[name] = []
-                first = next((p[0] for p in self._expected[name]), start + 1)
+                first = next((p.position for p in self._expected[name]), start + 1)
                 assert start < first, "a hit reaches past a compaction"
                 self.seen["hits"] += start > 0
-                self.seen["replays"] += request.num_preemptions > 0
+                self._see("replays", request.num_preemptions > 0)
             done = self.histories[name]
-            every = [p for p in self._expected[name] if p[0] < start + count]
-            assert [p for p in every if p[0] < start] == done, "a compaction was skipped"
-            due = [p for p in every if p[0] == start]
+            every = [p for p in self._expected[name] if p.position < start + count]
+            assert [p for p in every if p.position < start] == done, "a compaction was skipped"
+            due = [p for p in every if p.position == start]
             plans.sort()  # A group that had to wait for blocks comes after the others.
-            assert plans == due, f"due {due}, sent {plans}"
+            assert plans == [p.record for p in due], f"due {due}, sent {plans}"
             assert len(every) == len(done) + len(due), "a chunk runs past a due compaction"
-            done += plans
+            done += due
+
+    def _check_done(self) -> None:
+        """What the worker did to a request is what the request's lengths alone lead to."""
+        for request in self.scheduler.running:
+            name = request.request_id
+            done = sorted(self.worker.requests[name].plans, key=lambda p: p[:2])
+            assert done == self.histories[name], "compactions did something else"
 
     # -- the moment of planning -------------------------------------------------------
 
@@ -310,7 +323,14 @@ class Ledger:
 
         def compact(group: int, name: str, row: list[Any]) -> None:
             count = planner.totals.compactions
+            step = self._due(group, name)
+            if step is None:
+                original(group, name, row)
+                assert planner.totals.compactions == count, "a compaction that is not due"
+                return
             before = {b.block_id: (b.ref_cnt, b.block_hash) for b in pool.blocks}
+            listings = Counter(block.block_id for block in row)
+            blocks = self._region(group, name, row)
             free = pool.get_num_free_blocks()
             hashed = {
                 block.block_id
@@ -320,42 +340,72 @@ class Ledger:
             }
             original(group, name, row)
             if planner.totals.compactions == count:
-                self._check_wait(group, name, row)
+                self._check_wait(step, name, row)
                 return
             self._hashed_at_first_plan.setdefault(name, hashed)
             plan = planner._plans[-1]
-            unshared = [b for b in plan.sources if before[b][0] == 1]
+            assert plan.sources == [blocks[i] for i in step.read], "wrong blocks are read"
+            unshared = [b for b in plan.sources if before[b][0] == listings[b]]
+            after = Counter(block.block_id for block in row)
             for block_id in plan.destinations:
-                references = before[block_id][0]
+                references, key = before[block_id]
                 own = block_id in plan.sources
-                assert references == own, "a plan writes a block that others use"
+                expected = listings[block_id] if own else 0
+                assert references == expected, "a plan writes a block that others use"
                 block = pool.blocks[block_id]
-                assert block.ref_cnt == 1
+                assert block.ref_cnt == after[block_id], "a written block: wrong reference count"
                 assert block.block_hash is None, "a plan writes a hashed block"
-                self.seen["in place"] += own
-                self.seen["in place once hashed"] += own and before[block_id][1] is not None
-                self.seen["into fresh blocks"] += not own
+                self._see("in place", own)
+                self._see("in place once hashed", own and key is not None)
+                self._see("in place of pooled blocks", own and references > 1)
+                self._see("into fresh blocks", not own)
             gained = pool.get_num_free_blocks() - free
             assert gained == len(unshared) - len(plan.destinations), "a plan frees too few blocks"
-            self.seen["shared sources"] += len(unshared) < len(plan.sources)
+            self._see("shared sources", len(unshared) < len(plan.sources))
+            self._see("plans of pooled blocks", any(mine > 0 for mine in step.levels))
+            self._see("high levels", max(step.levels) > 1)
+            self._see("blocks left alone", len(step.read) < step.old)
 
         planner.compact = compact
 
-    def _check_wait(self, group: int, name: str, row: list[Any]) -> None:
+    def _due(self, group: int, name: str) -> Compaction | None:
+        """The compaction that a request has come to in a group."""
+        computed = self.requests[name].num_computed_tokens
+        for step in self._expected[name]:
+            if step.position >= computed:
+                if step.position > computed:
+                    break
+                if step.group == group:
+                    return step
+        return None
+
+    def _region(self, group: int, name: str, row: list[Any]) -> list[int]:
+        """The blocks of a row that compaction may change, each once, oldest first."""
+        base = 0
+        if self.options.phase == "decode":
+            base = -(-self.requests[name].num_prompt_tokens // self.options.block_size)
+        ids = [block.block_id for block in row]
+        if not self._listed[group]:
+            base += self.worker.requests[name].holes[group]
+        return list(dict.fromkeys(ids[base:]))
+
+    def _check_wait(self, step: Compaction, name: str, row: list[Any]) -> None:
         """A due compaction was not planned: it was before, or there are too few blocks."""
-        mine = self.worker.requests[name]
-        holes = mine.holes[group]
-        if any(block.is_null for block in row[holes:]):
+        known = self.worker.requests[name].rows[step.group]
+        if [block.block_id for block in row[: len(known)]] != known:
             return
-        for position, its_group, old, kept in self._expected[name]:
-            if (position, its_group) == (mine.computed, group):
-                prompt = self.requests[name].num_prompt_tokens
-                base = -(-prompt // self.options.block_size)
-                first = holes + (base if self.options.phase == "decode" else 0)
-                sources = row[first : first + old]
-                unshared = sum(block.ref_cnt == 1 for block in sources)
-                free = self.pool.get_num_free_blocks()
-                assert unshared + free < kept, "a compaction waits for no reason"
+        blocks = self._region(step.group, name, row)
+        sources = [blocks[index] for index in step.read]
+        listings = Counter(block.block_id for block in row)
+        unshared = sum(self.pool.blocks[block].ref_cnt == listings[block] for block in sources)
+        free = self.pool.get_num_free_blocks()
+        assert unshared + free < step.written, "a compaction waits for no reason"
+        self._see("compactions that wait")
+
+    def _see(self, what: str, times: int = 1) -> None:
+        """Count a situation, for all engines and for those of this kind."""
+        self.seen[what] += times
+        self.seen[f"{self._kind}: {what}"] += times
 
     def _watch_clipping(self) -> None:
         manager = self.scheduler.kv_cache_manager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import pytest
-from engine_stub import EngineOptions, make_request, run_alone
+from compaction_rule import least_blocks
+from engine_stub import MAX_MODEL_LEN, EngineOptions, make_request, run_alone
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,17 +21,36 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from ledger import Ledger
+from ledger import Ledger, kind_of_merging
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress import levels
+from vllm_kvcompress.bands import Limits, Merging
+from vllm_kvcompress.levels import Merges, Round, plan_merges
+from vllm_kvcompress.scheduler import trajectory
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.planner import Planner
-from vllm_kvcompress.scheduler.trajectory import NEVER, Trajectory
+from vllm_kvcompress.scheduler.region import Change, Region
+from vllm_kvcompress.scheduler.trajectory import NEVER, Step, Trajectory
 
 SEEN: Counter[str] = Counter()
+
+MERGINGS = [
+    None,
+    Merging(None, count=True),
+    Merging(Fraction(1, 4), count=True),
+    None,
+    Merging(None, count=False),
+    Merging(Fraction(1, 4), count=False),
+]
+
+
+def fewest_blocks(limits: Limits, longest: int) -> int:
+    """Smallest budget, in blocks, that leaves a compaction something to choose from."""
+    size = limits.block_size
+    return max(2, -(-(least_blocks(limits, longest) * size + limits.recent + size - 1) // size))
 
 
 @st.composite
@@ -38,22 +61,25 @@ def engines(draw: st.DrawFn) -> EngineOptions:
     recent = draw(st.integers(0, 2 * size))
     sinks = 0 if phase == "decode" else draw(st.integers(0, 2 * size))
     ratio = phase != "decode" and draw(st.booleans())
-    least = max(2, -(-(max(1, -(-sinks // size)) * size + recent + size - 1) // size))
+    merging = draw(st.sampled_from(MERGINGS))
+    least = fewest_blocks(Limits(None, None, sinks, recent, size, merging), MAX_MODEL_LEN)
     limits: list[Limits | None] = []
     for _ in range(draw(st.integers(1, 3))):
         if ratio:
             share = Fraction(draw(st.integers(1, 20)), 20)
-            limits.append(Limits(None, share, sinks, recent, size))
+            limits.append(Limits(None, share, sinks, recent, size, merging))
         else:
             blocks = least + draw(st.integers(0, 3))
-            limits.append(Limits(blocks * size, None, sinks, recent, size))
+            limits.append(Limits(blocks * size, None, sinks, recent, size, merging))
     if draw(st.booleans()):
         limits.insert(draw(st.sampled_from([0, len(limits)])), None)
+    # What merges holds more: one block per power of two of the longest request.
+    room = (5, 12) if merging is None else (least, least + 8)
     caching = draw(st.sampled_from([True, True, False]))
     return EngineOptions(
         limits=tuple(limits),
         block_size=size,
-        num_blocks=1 + max(11, len(limits) * draw(st.integers(5, 12))),
+        num_blocks=1 + max(11, len(limits) * draw(st.integers(*room))),
         phase=phase,
         interval=draw(st.sampled_from([1, 2, 3, 5, size, 2 * size])),
         prune_after=draw(st.sampled_from([0, 0, 2 * size, 5 * size])),
@@ -153,7 +179,8 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         # Steps that were under way when the request stopped do not count.
         mine = self.ledger.histories[request.request_id]
-        assert [plan for plan in mine if plan[0] < request.num_tokens - 1] == alone
+        alone.sort(key=lambda plan: plan[:2])
+        assert [plan for plan in mine if plan.position < request.num_tokens - 1] == alone
 
 
 def campaign(examples: int, steps: int, **options: Any) -> None:
@@ -177,8 +204,24 @@ def assert_saw_everything() -> None:
         plans, hits, clipped hits, replays, preemptions, waits, dropped plans, aborts, resets,
         in place, in place once hashed, into fresh blocks, shared sources, larger than the pool
     """
-    missing = [name for name in map(str.strip, situations.split(",")) if not SEEN[name]]
+    of_every_kind = """
+        plans, replays, preemptions, waits, dropped plans, in place, in place once hashed,
+        into fresh blocks, shared sources
+    """
+    of_merging = "plans of pooled blocks, high levels, blocks left alone"
+    wanted = names(situations)
+    for kind in {kind_of_merging(merging) for merging in MERGINGS}:
+        wanted += [f"{kind}: {name}" for name in names(of_every_kind)]
+        if kind != "evict":
+            wanted += [f"{kind}: {name}" for name in names(of_merging)]
+        if "count" in kind:
+            wanted.append(f"{kind}: in place of pooled blocks")
+    missing = [name for name in wanted if not SEEN[name]]
     assert not missing, missing
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def test_ledger() -> None:
@@ -202,7 +245,7 @@ def write_hashed_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 def write_shared_blocks(patch: pytest.MonkeyPatch) -> None:
-    def choose(planner: Planner, sources: list[Any], count: int) -> list[Any]:
+    def choose(planner: Planner, sources: list[Any], count: int, references: Any) -> list[Any]:
         planner.block_pool.evict_blocks({block.block_id for block in sources[:count]})
         return list(sources[:count])
 
@@ -290,9 +333,12 @@ def lose_plans(patch: pytest.MonkeyPatch) -> None:
 def keep_less_under_pressure(patch: pytest.MonkeyPatch) -> None:
     choose = Planner._destinations
 
-    def fewer(planner: Planner, sources: list[Any], count: int) -> list[Any] | None:
+    def fewer(
+        planner: Planner, sources: list[Any], count: int, references: Any
+    ) -> list[Any] | None:
         scarce = planner.block_pool.get_num_free_blocks() < 2
-        return choose(planner, sources, count - 1 if scarce and count > 1 else count)
+        fewer = count - 1 if scarce and count > 1 else count
+        return choose(planner, sources, fewer, references)
 
     patch.setattr(Planner, "_destinations", fewer)
 
@@ -300,6 +346,227 @@ def keep_less_under_pressure(patch: pytest.MonkeyPatch) -> None:
 def promise_too_little(patch: pytest.MonkeyPatch) -> None:
     bound = Trajectory.peak_blocks
     patch.setattr(Trajectory, "peak_blocks", lambda t, g, length: bound(t, g, length) - 1)
+
+
+# -- and so where it merges ---------------------------------------------------------------
+
+
+def replace_give_up(patch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Change an argument of the last stage of planning by its name."""
+    give_up = Planner._give_up
+
+    def changed(planner: Planner, sources: Any, destinations: Any, before: Any, after: Any) -> None:
+        given = {"sources": sources, "destinations": destinations, "before": before, "after": after}
+        give_up(planner, **{name: changes.get(name, same)(given[name]) for name in given})
+
+    patch.setattr(Planner, "_give_up", changed)
+
+
+def same(argument: Any) -> Any:
+    return argument
+
+
+def once(references: Mapping[int, int]) -> dict[int, int]:
+    return dict.fromkeys(references, 1)
+
+
+def count_written_blocks_once(patch: pytest.MonkeyPatch) -> None:
+    """References do not rise with the listings."""
+    replace_give_up(patch, after=once)
+
+
+def free_listed_blocks_once(patch: pytest.MonkeyPatch) -> None:
+    """A block that was listed several times keeps references after it was given up."""
+    replace_give_up(patch, before=once)
+
+
+def free_rows_once(patch: pytest.MonkeyPatch) -> None:
+    """The end of a request gives back one reference for each block."""
+    pop = CompressedAttentionManager.pop_blocks_for_free
+
+    def pop_distinct(manager: CompressedAttentionManager, name: str) -> list[Any]:
+        return list({block.block_id: block for block in pop(manager, name)}.values())
+
+    patch.setattr(CompressedAttentionManager, "pop_blocks_for_free", pop_distinct)
+
+
+def list_one_time_too_few(patch: pytest.MonkeyPatch) -> None:
+    times = Region.times
+    patch.setattr(Region, "times", lambda region, level: max(1, times(region, level) - 1))
+
+
+def list_highest_level_once(patch: pytest.MonkeyPatch) -> None:
+    """Only the row is wrong, the references are not."""
+    entries = Region.entries
+
+    def fewer(region: Region) -> list[Any]:
+        row = entries(region)
+        if len(row) > len(region.blocks):
+            row[1 : 1 << region.levels[0]] = [row[-1]] * ((1 << region.levels[0]) - 1)
+        return row
+
+    patch.setattr(Region, "entries", fewer)
+
+
+def write_listed_blocks_of_others(patch: pytest.MonkeyPatch) -> None:
+    """Any source may be written, if only it is referenced."""
+    choose = Planner._destinations
+
+    def careless(planner: Planner, sources: list[Any], count: int, references: Any) -> Any:
+        return choose(planner, sources, count, {b.block_id: b.ref_cnt for b in sources})
+
+    patch.setattr(Planner, "_destinations", careless)
+
+
+def take_own_listings_for_others(patch: pytest.MonkeyPatch) -> None:
+    """As ``BlockPool.is_block_writable`` has it: two references are two requests."""
+    choose = Planner._destinations
+
+    def careful(planner: Planner, sources: list[Any], count: int, references: Any) -> Any:
+        return choose(planner, sources, count, once(references))
+
+    patch.setattr(Planner, "_destinations", careful)
+
+
+def merge_the_newest_pairs(patch: pytest.MonkeyPatch) -> None:
+    def plan(counts: list[int], keep: int) -> Merges:
+        merges = plan_merges(counts, keep)
+        number = sum(counts)
+        if len(merges.rounds) != 1 or merges.rounds[0].level:
+            return merges
+        pairs = len(merges.rounds[0].older)
+        first = number - 2 * pairs
+        last = Round(0, [*range(first, number, 2)], [*range(first + 1, number, 2)])
+        return Merges([last], [*range(first), *range(number, number + pairs)], merges.counts)
+
+    patch.setattr(trajectory, "plan_merges", plan)
+
+
+def merge_the_lowest_level_first(patch: pytest.MonkeyPatch) -> None:
+    """Of several levels with equally many blocks, the wrong one."""
+
+    def counts_after(counts: list[int], keep: int) -> list[int]:
+        after = list(counts)
+        for _ in range(sum(counts) - keep):
+            level = max(range(len(after)), key=lambda index: (after[index], -index))
+            after += [0] * (level + 2 - len(after))
+            after[level] -= 2
+            after[level + 1] += 1
+        return after
+
+    patch.setattr(levels, "merged_counts", counts_after)
+
+
+def swap_older_and_newer(patch: pytest.MonkeyPatch) -> None:
+    def plan(counts: list[int], keep: int) -> Merges:
+        merges = plan_merges(counts, keep)
+        rounds = [Round(level, newer, older) for level, older, newer in merges.rounds]
+        return replace(merges, rounds=rounds)
+
+    patch.setattr(trajectory, "plan_merges", plan)
+
+
+def forget_levels_between_compactions(patch: pytest.MonkeyPatch) -> None:
+    merge = Trajectory._merge
+
+    def forgetful(walk: Trajectory, group: int, *args: Any) -> Any:
+        walk.levels[group] = []
+        return merge(walk, group, *args)
+
+    patch.setattr(Trajectory, "_merge", forgetful)
+
+
+def keep_levels_of_the_preempted(patch: pytest.MonkeyPatch) -> None:
+    drop, state, levels_of = Planner.drop, Planner.state, {}
+
+    def remember(planner: Planner, name: str) -> None:
+        if name in planner._states and name in planner.requests:
+            levels_of[id(planner), name] = planner._states[name].trajectory.levels
+        drop(planner, name)
+
+    def recall(planner: Planner, request: Any) -> Any:
+        known = request.request_id in planner._states
+        new = state(planner, request)
+        if not known and (kept := levels_of.get((id(planner), request.request_id))):
+            new.trajectory.levels = kept
+        return new
+
+    patch.setattr(Planner, "drop", remember)
+    patch.setattr(Planner, "state", recall)
+
+
+def merge_sinks(patch: pytest.MonkeyPatch) -> None:
+    merge = Trajectory._merge
+
+    def careless(walk: Trajectory, group: int, limits: Limits, step: Step) -> Step:
+        return merge(walk, group, replace(limits, sinks=0), step)
+
+    patch.setattr(Trajectory, "_merge", careless)
+
+
+def pool_as_much_as_ever(patch: pytest.MonkeyPatch) -> None:
+    """Not more blocks for pooled tokens as the request grows."""
+    merge = Trajectory._merge
+
+    def fixed(walk: Trajectory, group: int, limits: Limits, step: Step) -> Step:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Limits, "pooled_at_least", lambda limits, position: 5)
+            return merge(walk, group, limits, step)
+
+    patch.setattr(Trajectory, "_merge", fixed)
+
+
+def number_blocks_as_in_the_region(patch: pytest.MonkeyPatch) -> None:
+    """Rounds and outputs as the levels number them, not as the worker does."""
+    of_step = Change.of_step.__func__
+
+    def change(cls: type, region: Region, step: Any) -> Change:
+        made = of_step(cls, region, step)
+        if step.pooled is not None:
+            made.rounds = step.pooled.merges.rounds
+        return made
+
+    patch.setattr(Change, "of_step", classmethod(change))
+
+
+def write_outputs_backwards(patch: pytest.MonkeyPatch) -> None:
+    of_step = Change.of_step.__func__
+
+    def change(cls: type, region: Region, step: Any) -> Change:
+        made = of_step(cls, region, step)
+        made.outputs.reverse()
+        return made
+
+    patch.setattr(Change, "of_step", classmethod(change))
+
+
+def take_written_blocks_for_exact(patch: pytest.MonkeyPatch) -> None:
+    merge = Trajectory._merge
+
+    def forgetful(walk: Trajectory, group: int, *args: Any) -> Any:
+        walk.written[group] = max(0, walk.written[group] - 1)
+        return merge(walk, group, *args)
+
+    patch.setattr(Trajectory, "_merge", forgetful)
+
+
+def take_exact_blocks_for_written(patch: pytest.MonkeyPatch) -> None:
+    merge = Trajectory._merge
+
+    def cautious(walk: Trajectory, group: int, *args: Any) -> Any:
+        step = merge(walk, group, *args)
+        return step._replace(pooled=step.pooled._replace(exact=step.pooled.exact - 1))
+
+    patch.setattr(Trajectory, "_merge", cautious)
+
+
+def end_elsewhere(patch: pytest.MonkeyPatch) -> None:
+    take = Planner.take_plans
+
+    def shifted(planner: Planner) -> list[Any]:
+        return [replace(plan, end=plan.end - 1) for plan in take(planner)]
+
+    patch.setattr(Planner, "take_plans", shifted)
 
 
 MUTATIONS = {
@@ -322,9 +589,51 @@ MUTATIONS = {
 }
 """Ways to break the rules of the design, and what the machine says where it is always the same."""
 
+MERGING_MUTATIONS = {
+    count_written_blocks_once: "a written block: wrong reference count",
+    free_listed_blocks_once: "a plan frees too few blocks",
+    free_rows_once: "a block leaked",
+    list_one_time_too_few: "the sources end elsewhere|leaked|reference count",
+    list_highest_level_once: "a written block: wrong reference count|leaked|logical length",
+    write_listed_blocks_of_others: "a plan writes a block that others use",
+    take_own_listings_for_others: "a compaction waits for no reason",
+    merge_the_newest_pairs: "wrong contents|wrong blocks are read",
+    merge_the_lowest_level_first: "wrong contents|wrong blocks are read|due .*, sent ",
+    swap_older_and_newer: "wrong contents",
+    forget_levels_between_compactions: None,
+    keep_levels_of_the_preempted: None,
+    merge_sinks: "wrong contents|wrong blocks are read",
+    pool_as_much_as_ever: None,
+    number_blocks_as_in_the_region: None,
+    write_outputs_backwards: "wrong contents",
+    take_written_blocks_for_exact: "exact blocks are not",
+    take_exact_blocks_for_written: "nobody noted what a block holds",
+    end_elsewhere: "the sources end elsewhere",
+}
+"""Ways to break what only merging needs."""
+
+LISTING_MUTATIONS = {
+    count_written_blocks_once,
+    free_listed_blocks_once,
+    free_rows_once,
+    list_one_time_too_few,
+    list_highest_level_once,
+    take_own_listings_for_others,
+}
+"""Those that only rows with repeated blocks show."""
+
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
 def test_ledger_catches(mutate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
     with pytest.raises(AssertionError, match=MUTATIONS[mutate]):
+        campaign(2000, 30, phases=[Phase.generate], derandomize=True)
+
+
+@pytest.mark.parametrize("mutate", MERGING_MUTATIONS, ids=lambda mutate: mutate.__name__)
+def test_ledger_catches_where_it_merges(mutate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = [m for m in MERGINGS if m and (m.count or mutate not in LISTING_MUTATIONS)]
+    monkeypatch.setattr(sys.modules[__name__], "MERGINGS", only)
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError, match=MERGING_MUTATIONS[mutate]):
         campaign(2000, 30, phases=[Phase.generate], derandomize=True)

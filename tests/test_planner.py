@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,8 @@ from engine_stub import EngineOptions, build_scheduler, make_request
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.bands import Limits, Merging
+from vllm_kvcompress.levels import Round
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule
@@ -33,12 +36,21 @@ class Desk:
             self.pool,
         )
 
-    def request(self, name: str, prompt: int, computed: int, resumable: bool = False) -> list[Any]:
+    def request(
+        self,
+        name: str,
+        prompt: int,
+        computed: int,
+        resumable: bool = False,
+        max_tokens: int = 100,
+    ) -> list[Any]:
         """Add a request and return its row of new blocks."""
         self.requests[name] = SimpleNamespace(
             request_id=name,
             num_prompt_tokens=prompt,
             num_computed_tokens=computed,
+            num_tokens=max(prompt, computed + 1),
+            max_tokens=max_tokens,
             resumable=resumable,
         )
         return self.pool.get_new_blocks(-(-computed // SIZE))
@@ -58,6 +70,10 @@ def ids(blocks: list[Any]) -> list[int]:
     return [block.block_id for block in blocks]
 
 
+def destinations(desk: Desk, sources: list[Any], count: int) -> list[Any] | None:
+    return desk.planner._destinations(sources, count, {b.block_id: 1 for b in sources})
+
+
 # -- where compact blocks go --------------------------------------------------------------
 
 
@@ -65,7 +81,7 @@ def test_own_blocks_without_hash_come_first() -> None:
     desk = Desk(20)
     sources = desk.pool.get_new_blocks(4)
     desk.cache(sources[:2])
-    assert desk.planner._destinations(sources, 2) == sources[2:]
+    assert destinations(desk, sources, 2) == sources[2:]
     assert desk.pool.get_num_free_blocks() == 15
 
 
@@ -73,7 +89,7 @@ def test_fresh_blocks_spare_hashed_ones() -> None:
     desk = Desk(20)
     sources = desk.pool.get_new_blocks(4)
     desk.cache(sources)
-    chosen = desk.planner._destinations(sources, 3)
+    chosen = destinations(desk, sources, 3)
     assert not set(ids(chosen)) & set(ids(sources))
     assert all(block.block_hash is not None for block in sources)
     assert all(block.ref_cnt == 1 for block in chosen)
@@ -85,7 +101,7 @@ def test_hashed_blocks_are_taken_under_pressure_without_their_hashes() -> None:
     desk.cache(sources)
     keys = [block.block_hash for block in sources]
     desk.take_the_rest(leave=1)
-    chosen = desk.planner._destinations(sources, 3)
+    chosen = destinations(desk, sources, 3)
     own = [block for block in chosen if block in sources]
     assert len(own) == 2
     for block, key in zip(sources, keys, strict=True):
@@ -99,7 +115,7 @@ def test_shared_blocks_are_never_written() -> None:
     desk.cache(sources)
     desk.pool.touch(sources[:3])
     desk.take_the_rest(leave=1)
-    chosen = desk.planner._destinations(sources, 2)
+    chosen = destinations(desk, sources, 2)
     assert not set(ids(chosen)) & set(ids(sources[:3]))
     assert sources[3] in chosen
 
@@ -111,7 +127,7 @@ def test_none_when_too_few_blocks_may_be_written(free: int, shared: int) -> None
     desk.cache(sources)
     desk.pool.touch(sources[:shared])
     desk.take_the_rest(leave=free)
-    assert desk.planner._destinations(sources, 2) is None
+    assert destinations(desk, sources, 2) is None
     assert desk.pool.get_num_free_blocks() == free
     assert all(block.block_hash is not None for block in sources)
 
@@ -135,6 +151,8 @@ def test_plan_of_two_compactions() -> None:
             row_start=0,
             row_ids=[0, 0, 0, before[0]],
             holes=3,
+            removed=3,
+            end=16,
         )
     ]
     assert ids(row) == [0, 0, 0, before[0], before[4]]
@@ -220,6 +238,224 @@ def test_dropping_forgets_state_and_open_plans_of_one_request() -> None:
     assert [plan.request_id for plan in desk.planner.take_plans()] == ["b"]
     assert not desk.planner.started("a")
     assert desk.planner.started("b")
+
+
+# -- plans that merge ---------------------------------------------------------------------
+
+
+def pooling(share: Fraction | None, count: bool, sinks: int = 0) -> Limits:
+    """Of 50 tokens 12 blocks become 7, of 58 again 9: see test_two_compactions_that_merge."""
+    return Limits(32, None, sinks, recent=0, block_size=SIZE, merging=Merging(share, count))
+
+
+def compact_twice(desk: Desk, between: Any = lambda row: None) -> tuple[list[Any], list[Any]]:
+    """The plans at 50 and at 58 tokens, and all blocks that the request ever had."""
+    row = desk.request("a", prompt=50, computed=50)
+    blocks = list(row)
+    desk.planner.compact(0, "a", row)
+    between(row)
+    row += desk.pool.get_new_blocks(2)
+    blocks += row[-2:]
+    desk.requests["a"].num_computed_tokens = 58
+    desk.planner.compact(0, "a", row)
+    plans = desk.planner.take_plans()
+    holes = plans[1].holes
+    assert len(row) == 15
+    assert [block.is_null for block in row] == [True] * holes + [False] * (15 - holes)
+    listings = Counter(block.block_id for block in row if not block.is_null)
+    assert plans[1].row_ids == ids(row)[plans[1].row_start : 14]
+    assert [b.ref_cnt for b in blocks if b.block_id in listings] == [
+        listings[b.block_id] for b in blocks if b.block_id in listings
+    ]
+    return plans, blocks
+
+
+@pytest.mark.parametrize("count", [True, False])
+def test_plans_that_merge_all_but_the_sinks(count: bool) -> None:
+    desk = Desk(40, pooling(None, count, sinks=4), interval=8)
+
+    def share(row: list[Any]) -> None:
+        """Another request uses the tenth block, and the first merged one is only ours."""
+        nonlocal between
+        between = ids(row)
+        desk.cache([row[-4]])
+        desk.pool.touch([row[-4]])
+
+    between: list[int] = []
+    (first, second), blocks = compact_twice(desk, share)
+    b = ids(blocks)
+    # Blocks 1 to 8 become one of level 2 and two of level 1; 0 is a sink, 9 to 11 stay.
+    merged = [b[1]] * 4 + [b[2]] * 2 + [b[3]] * 2 if count else b[1:4]
+    assert first == CompactionPlan(
+        request_id="a",
+        group=0,
+        position=50,
+        sources=b[1:9],
+        destinations=b[1:4],
+        row_start=0,
+        row_ids=[0] * (0 if count else 5) + [b[0], *merged, *b[9:12]],
+        holes=0 if count else 5,
+        removed=5,
+        pooled=8,
+        # As in the trajectory, but for what is made: 8 blocks are given, not 11.
+        rounds=[Round(0, [0, 2, 4, 6], [1, 3, 5, 7]), Round(1, [8], [9])],
+        outputs=[12, 10, 11],
+        exact=first.exact,
+        end=48,
+    )
+    assert between == [*first.row_ids, b[12]]
+    # The two of level 1 become one of level 2, and 9 and 10 one of level 1. The pooled ones
+    # are ours however often we list them; 9 is also another's.
+    merged = [b[1]] * 4 + [b[2]] * 4 + [b[3]] * 2 if count else b[1:4]
+    assert second == CompactionPlan(
+        request_id="a",
+        group=0,
+        position=58,
+        sources=[b[2], b[3], b[9], b[10]],
+        destinations=[b[2], b[3]],
+        row_start=0 if count else 5,
+        row_ids=[0] * (0 if count else 2) + [b[0], *merged, b[11], b[12], b[13]],
+        holes=0 if count else 7,
+        removed=2,
+        pooled=4,
+        rounds=[Round(0, [2], [3]), Round(1, [0], [1])],
+        outputs=[5, 4],
+        exact=second.exact,
+        end=56,
+    )
+    assert (blocks[9].ref_cnt, blocks[10].ref_cnt) == (1, 0)
+    assert blocks[9].block_hash is not None
+    # 39 blocks but for 8 of the request's and the one that another still uses.
+    assert desk.pool.get_num_free_blocks() == 39 - 8 - 1
+
+
+@pytest.mark.parametrize("count", [True, False])
+def test_plans_that_merge_what_ranking_leaves_over(count: bool) -> None:
+    desk = Desk(40, pooling(Fraction(1, 4), count), interval=8)
+    (first, second), blocks = compact_twice(desk)
+    b = ids(blocks)
+    merged = [b[0]] * 4 + [b[1]] * 2 + [b[2]] * 2 + [b[3]] if count else b[:4]
+    assert first == CompactionPlan(
+        request_id="a",
+        group=0,
+        position=50,
+        sources=b[:12],
+        destinations=b[:7],
+        row_start=0,
+        row_ids=[0] * (0 if count else 5) + merged + b[4:7],
+        holes=0 if count else 5,
+        removed=5,
+        pooled=0,
+        rounds=[Round(0, [0, 2, 4, 6], [1, 3, 5, 7]), Round(1, [9], [10])],
+        outputs=[13, 11, 12, 8],
+        exact=12,
+        end=48,
+    )
+    # The block of level 2 is left alone; the other three pooled ones are read, and with
+    # them five ranked ones, of which three stay.
+    merged = [b[0]] * 4 + [b[1]] * 4 + [b[2]] * 2 + [b[3]] if count else b[:4]
+    assert second == CompactionPlan(
+        request_id="a",
+        group=0,
+        position=58,
+        sources=[*b[1:7], b[12], b[13]],
+        destinations=b[1:7],
+        row_start=0 if count else 5,
+        row_ids=[0] * (0 if count else 2) + merged + b[4:7],
+        holes=0 if count else 7,
+        removed=2,
+        pooled=3,
+        rounds=[Round(0, [2], [3]), Round(1, [0], [1])],
+        outputs=[6, 5, 4],
+        exact=2,
+        end=56,
+    )
+    assert desk.pool.get_num_free_blocks() == 39 - 8
+
+
+def test_pooled_blocks_move_when_their_own_room_is_shared() -> None:
+    """All sources of a merge are another's too: fresh blocks get all the references."""
+    desk = Desk(40, pooling(None, count=True), interval=8)
+    row = desk.request("a", prompt=50, computed=50)
+    blocks = list(row)
+    desk.cache(row)
+    desk.pool.touch(row)
+    desk.planner.compact(0, "a", row)
+    (plan,) = desk.planner.take_plans()
+    assert not set(plan.destinations) & set(ids(blocks))
+    assert [desk.pool.blocks[block].ref_cnt for block in plan.destinations] == [
+        plan.row_ids.count(block) for block in plan.destinations
+    ]
+    # What was merged is only the other's now, what was left alone is both's.
+    assert [b.ref_cnt for b in blocks] == [2 if b in row else 1 for b in blocks]
+    assert len(plan.sources) == sum(b not in row for b in blocks) > 0
+
+
+# -- blocks that others will take ---------------------------------------------------------
+
+
+def promised(desk: Desk, besides: str = "none", group: int = 0, **rows: list[Any]) -> int:
+    return desk.planner.promised(group, besides, rows)
+
+
+def test_promised_after_prefill_is_what_leads_to_the_next_compaction() -> None:
+    desk = Desk(40, FLAT, None)
+    rows = [desk.request("a", prompt=18, computed=18) for _ in range(2)]
+    desk.planner.state(desk.requests["a"])
+    assert promised(desk, a=rows[0]) == 0
+    desk.planner.compact(0, "a", rows[0])
+    # 22 tokens are due next: 6 blocks, of which the row has 5, in every group.
+    assert promised(desk, a=rows[0]) == 1
+    assert promised(desk, a=rows[1], group=1) == 1
+    assert promised(desk, a=rows[0], besides="a") == 0
+    assert promised(desk, b=rows[0]) == promised(desk, a=[]) == 0
+    row = [*rows[0], *desk.pool.get_new_blocks(1)]
+    assert promised(desk, a=row) == 0
+    # It ends before that.
+    desk.requests["a"].max_tokens = 2
+    assert promised(desk, a=rows[0]) == 0
+
+
+def test_prompts_under_way_are_promised_nothing_after_prefill() -> None:
+    desk = Desk(40, FLAT)
+    row = desk.request("a", prompt=30, computed=8)
+    desk.planner.state(desk.requests["a"])
+    assert promised(desk, a=row) == 0
+
+
+def test_promised_during_prefill_is_what_leads_to_the_peak() -> None:
+    desk = Desk(40, FLAT, None, phase="during_prefill")
+    row = desk.request("a", prompt=30, computed=8)
+    desk.planner.state(desk.requests["a"])
+    # 12 tokens, 3 blocks, are held at the most; all 30, 8 blocks, where nothing compacts.
+    assert promised(desk, a=row) == 3 - 2
+    assert promised(desk, a=row, group=1) == 8 - 2
+    assert promised(desk, a=row, besides="a") == 0
+    row += desk.pool.get_new_blocks(1)
+    assert promised(desk, a=row) == 0
+    desk.requests["a"].num_computed_tokens = 12
+    desk.planner.compact(0, "a", row)
+    assert ids(row)[0] == 0
+    assert promised(desk, a=row) == 3 - 2
+
+    # A request past its prompt counts as after prefill: 14 tokens, 4 blocks, are due next.
+    other = desk.request("b", prompt=10, computed=10)
+    desk.planner.compact(0, "b", other)
+    assert promised(desk, b=other) == 4 - 3
+    assert promised(desk, a=row, b=other) == 2
+    assert promised(desk, "b", a=row, b=other) == 1
+    desk.requests["b"].max_tokens = 1
+    assert promised(desk, b=other) == 0
+
+
+def test_promised_counts_listed_blocks_once() -> None:
+    limits = pooling(None, count=True, sinks=4)
+    desk = Desk(40, limits, phase="during_prefill", interval=10, prune_after=50)
+    row = desk.request("a", prompt=100, computed=50)
+    desk.planner.compact(0, "a", row)
+    # 50 tokens, 13 blocks, are the peak; the row lists 8 blocks in 13 entries.
+    assert (len(row), len(set(ids(row)))) == (13, 8)
+    assert promised(desk, a=row) == 13 - 8
 
 
 # -- waiting ------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ class CompactionPlan:
     outputs : list of int
         Blocks, by these numbers, that are written, in the order of the destinations.
     exact : int
-        Last sources, in blocks, that hold consecutive tokens as they were computed.
+        Last sources, in blocks, that hold consecutive tokens as they were computed; 0 where
+        nothing is ranked, since all spans are known then.
     end : int
         Position after the last token of the sources.
     """

@@ -230,7 +230,7 @@ class Planner:
                 pooled=change.pooled,
                 rounds=change.rounds,
                 outputs=change.outputs,
-                exact=step.pooled.exact if step.pooled is not None else 0,
+                exact=step.pooled.exact if step.pooled and step.pooled.ranked else 0,
                 end=(state.trajectory.base + state.trajectory.removed[group] + step.kept) * size,
             )
         )

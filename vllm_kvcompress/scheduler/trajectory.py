@@ -194,6 +194,8 @@ class Trajectory:
         else:
             least = limits.pooled_at_least(self.position)
             pooled = max(int(step.kept * limits.merging.share), least)
+            # The sinks stay unpooled; Limits.least leaves room for both.
+            pooled = min(pooled, step.kept - max(1, limits.sink_blocks))
             lead, ranked = 0, step.old - held
             fresh = ranked - (step.kept - pooled)
         merges = plan_merges([sum(before[:1]) + fresh, *before[1:]], pooled)
