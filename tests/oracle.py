@@ -39,6 +39,8 @@ budget in tokens and ``f`` its share:
 * ``keep_ratio``: ``T = ceil(keep_ratio * f * t)``,
   ``k = max(ceil((T - u) / bs), ceil(sinks / bs), 1)``.
 * The band compacts if and only if ``k < e``; then ``k * bs`` of the candidates stay.
+* With the method ``merge`` (see :mod:`merge_oracle`) tokens are slots, and ``k`` is at least
+  ``ceil(sinks / bs) + 1``: sinks have blocks of their own.
 
 Ratios are exact: ``keep_ratio`` and ``pyramid_beta`` are the fractions their decimal
 strings say, ``Fraction(str(value))``.
@@ -243,7 +245,8 @@ def planned_blocks(
     e = max(0, (n - settings.recent_tokens) // block_size)
     u = n - e * block_size
     sinks = 0 if base else settings.sink_tokens
-    at_least = max(math.ceil(Fraction(sinks, block_size)), 1)
+    sink_blocks = math.ceil(Fraction(sinks, block_size))
+    at_least = sink_blocks + 1 if settings.method == "merge" else max(sink_blocks, 1)
     if settings.keep_ratio is not None:
         target = math.ceil(Fraction(str(settings.keep_ratio)) * share * position)
         k = max(math.ceil(Fraction(target - u, block_size)), at_least)

@@ -44,22 +44,22 @@ CASES = {
     "mean-count-flat": Case({**FLAT, **OFTEN, "pooling": "mean"}, 3, 4, 96),
     "mean-none-six": Case({**SIX, "pooling": "mean", "merge_weighting": "none"}, 1, 3),
     "best-count-during-prefill": Case({**SIX, **PREFILL, "pooling": "best"}, 5, 4),
-    "best-none-flat": Case(
-        {**FLAT, **OFTEN, "pooling": "best", "merge_weighting": "none"}, 3, 4, 96
-    ),
     # Maxima of turned keys blow attention up: with a smaller budget single steps of this
     # broken model amplify rounding to 3e-3.
     "max-count-flat": Case({"budget": 1024, **OFTEN, "pooling": "max"}, 3, 1, 96),
 }
 
 SLOW = {
+    "best-none-flat": Case(
+        {**FLAT, **OFTEN, "pooling": "best", "merge_weighting": "none"}, 3, 4, 96
+    ),
     "mean-count-during-prefill": Case({**SIX, **PREFILL, "pooling": "mean"}, 5, 4),
     "mean-none-flat": Case({**FLAT, **OFTEN, "merge_weighting": "none"}, 3, 4, 96),
     "mean-count-pyramid": Case({"budget": 768, "bands": 6, "pyramid_beta": 2.0, **OFTEN}, 3, 2, 96),
-    "mean-count-ratio": Case({"keep_ratio": 0.4, **OFTEN}, 3, 2, 96),
+    "mean-count-ratio": Case({"keep_ratio": 0.4, **OFTEN}, 2, 2, 96),
     "mean-count-skip": Case({**FLAT, "skip_layers": [0, 1]}, 1, 3),
     "mean-count-decode": Case(
-        {"budget": 320, "recent_tokens": 16, "interval": 32, "phase": "decode"}, 4, 2, 512
+        {"budget": 320, "recent_tokens": 16, "interval": 32, "phase": "decode"}, 3, 1, 512
     ),
     "best-count-six": Case({**SIX, **OFTEN, "pooling": "best"}, 3, 4, 96),
     "max-none-during-prefill": Case(
@@ -97,6 +97,7 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
         held = Held(engine)
         (found,) = engine.generate([prompt], case.decoded)
         (totals,) = engine.llm.collective_rpc("kvcompress_totals")
+        groups = len(engine.runner.kvcompress.compactor.groups)
 
     settings = parse_settings(chosen)
     layers, budgets = band_budgets(settings, NUM_LAYERS, BLOCK, settings.bands or 1)
@@ -109,8 +110,7 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
     assert len({position for position, _ in expected}) >= case.rounds
     assert max(max(c.levels) for c in wanted.compactions) >= case.level
     removed = sum(c.candidate_blocks - c.kept_blocks for c in wanted.compactions)
-    groups = NUM_LAYERS // len(layers[0]) // len(layers)
-    assert totals["blocks_freed"] == removed * groups
+    assert totals["blocks_freed"] == removed * groups // len(layers)
     for compaction in wanted.compactions:
         for layer in compaction.layers:
             slots = held.live[compaction.position, layer]

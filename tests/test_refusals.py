@@ -69,7 +69,9 @@ def test_a_chosen_block_size_stays(deep_llama: Path) -> None:
         ({"budget": 128, "recent_tokens": 100}, "do not fit the smallest band"),
         ({"bands": 4}, "nearest good choices are 2, 3, 5"),
         ({"bands": 4, "skip_layers": [0, 1]}, "nearest good choices are"),
-        ({"method": "snapkv"}, "allowed are knorm, keydiff, streaming, random, none"),
+        ({"method": "snapkv"}, "streaming, random, merge, knorm+merge, none"),
+        ({"method": "merge", "budget": 192}, "one block per power of two of the longest request"),
+        ({"method": "knorm+merge", "budget": 192}, "raise budget, lower pyramid_beta or max_model"),
         ("knorm", "must be an object of settings"),
     ],
 )
