@@ -43,6 +43,16 @@ class BandPages:
     def _values(self) -> list[PagePart]:
         return [pages.values for pages in self.layers.values()]
 
+    def warm_up(self) -> None:
+        """Move the null block onto itself once, so that no request waits for a compiler."""
+        null = torch.zeros(1, dtype=torch.int64, device=self.device)
+        size, heads, _ = self.shape
+        tokens = torch.arange(size, device=self.device).expand(len(self.layers) * heads, size)
+        tokens = tokens.contiguous()
+        self.read_float_keys(null)
+        self.write(null, self.read_keys(null), self.read_values(null))
+        self.write(null, self.take_keys(null, tokens), self.take_values(null, tokens))
+
     def slices(self, blocks: int) -> Iterator[BandPages]:
         """Layers by the handful, so that float32 copies of ``blocks`` blocks stay small."""
         size, heads, dim = self.shape

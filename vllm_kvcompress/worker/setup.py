@@ -164,6 +164,8 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
             )
         groups[index] = Band(BandPages(pages), spec.limits.sinks)
         names += group.layer_names
+    for band in groups.values():
+        band.pages.warm_up()
     heads = next(iter(groups.values())).pages.shape[1]
     total = config.model_config.get_total_num_kv_heads()
     size = config.parallel_config.tensor_parallel_size
