@@ -594,6 +594,23 @@ def max_logprob_difference(
     return float((ours - theirs).abs().max())
 
 
+def check_logprobs(wanted: OracleResult, found: Sequence[float]) -> None:
+    """Fail unless an engine gave its tokens the oracle's log-probabilities, and they are greedy.
+
+    Parameters
+    ----------
+    wanted : OracleResult
+        Of a run that was forced to the engine's tokens.
+    found : sequence of float
+        The engine's log-probabilities of these tokens.
+    """
+    greedy = wanted.logprobs.max(dim=-1)
+    difference = max_logprob_difference(wanted.token_logprobs, found)
+    print(f"largest difference in log-probability {difference:.1e}")
+    assert difference <= 1e-3
+    assert ((greedy.values - wanted.token_logprobs) <= 1e-3).all(), "another token was likelier"
+
+
 def kept_sets_agree(
     compaction: Compaction, layer: int, other_kept: torch.Tensor, rtol: float = 1e-5
 ) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 
 import engines
 import pytest
+import test_oracle
 import torch
 from merge_oracle import DenseMergeOracle, choices_agree
-from oracle import band_budgets, max_logprob_difference
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from oracle import OracleResult, band_budgets, check_logprobs
+from transformers import AutoTokenizer
 
 from vllm_kvcompress.settings import parse_settings
 
@@ -68,9 +69,7 @@ SLOW = {
 }
 
 
-@pytest.fixture(scope="module")
-def dense(smollm: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
+dense = test_oracle.dense
 
 
 @pytest.fixture(scope="module")
@@ -105,23 +104,26 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
     choice = held.live if settings.pooling == "best" else None
     wanted = oracle.run(prompt, case.decoded, forced_tokens=found.tokens, forced_choice=choice)
 
-    expected = {(c.position, layer) for c in wanted.compactions for layer in c.layers}
-    assert expected == set(held.live)
-    assert len({position for position, _ in expected}) >= case.rounds
-    assert max(max(c.levels) for c in wanted.compactions) >= case.level
-    removed = sum(c.candidate_blocks - c.kept_blocks for c in wanted.compactions)
-    assert totals["blocks_freed"] == removed * groups // len(layers)
+    assert set(held.live) == check_plans(case, wanted, totals["blocks_freed"], groups / len(layers))
     for compaction in wanted.compactions:
         for layer in compaction.layers:
             slots = held.live[compaction.position, layer]
             assert slots.shape[1] == len(compaction.spans)
             if choice is not None:
                 assert choices_agree(compaction, layer, slots, rtol=5e-4), f"layer {layer}"
-    greedy = wanted.logprobs.max(dim=-1)
-    difference = max_logprob_difference(wanted.token_logprobs, found.logprobs)
-    print(f"largest difference in log-probability {difference:.1e}")
-    assert difference <= 1e-3
-    assert ((greedy.values - wanted.token_logprobs) <= 1e-3).all(), "another token was likelier"
+    check_logprobs(wanted, found.logprobs)
+
+
+def check_plans(
+    case: Case, wanted: OracleResult, blocks_freed: int, groups_per_band: float
+) -> set[tuple[int, int]]:
+    """Check how often and how far was merged; position and layer of each compaction."""
+    expected = {(c.position, layer) for c in wanted.compactions for layer in c.layers}
+    assert len({position for position, _ in expected}) >= case.rounds
+    assert max(max(c.levels) for c in wanted.compactions) >= case.level
+    removed = sum(c.candidate_blocks - c.kept_blocks for c in wanted.compactions)
+    assert blocks_freed == removed * groups_per_band
+    return expected
 
 
 class Held:

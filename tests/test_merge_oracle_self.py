@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import oracle
 import pytest
+import test_oracle_self
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -27,15 +28,11 @@ from merge_oracle import (
     slot_spans,
 )
 from oracle import band_budgets
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from test_oracle_self import BLOCK, KV_HEADS, LAYERS, PROMPT_LENGTH, VOCAB, tiny_model
+from transformers import DynamicCache
 
 from vllm_kvcompress.settings import Settings
 
-BLOCK = 4
-LAYERS = 3
-KV_HEADS = 2
-VOCAB = 97
-PROMPT_LENGTH = 50
 POOLINGS = ("mean", "max", "best")
 WEIGHTINGS = ("count", "none")
 KNORM = "knorm+merge"
@@ -52,42 +49,8 @@ LLAMA3 = {
 }
 
 
-def tiny_model(family: str = "llama", **changes) -> torch.nn.Module:
-    """A random model whose attention is sharp enough for merging to matter."""
-    shape = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 6,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,
-        "eos_token_id": None,
-        "attn_implementation": "eager",
-    }
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[family]
-    torch.manual_seed(0)
-    model = model_class(config_class(**{**shape, **changes})).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def prompt() -> list[int]:
-    return torch.randint(
-        VOCAB, (PROMPT_LENGTH,), generator=torch.Generator().manual_seed(1)
-    ).tolist()
+model = test_oracle_self.model
+prompt = test_oracle_self.prompt
 
 
 def make_settings(**changes) -> Settings:
