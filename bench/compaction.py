@@ -63,8 +63,8 @@ from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
 from vllm_kvcompress.settings import Settings, parse_settings
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.compactor import Band, Compactor
-from vllm_kvcompress.worker.merger import Merger
 from vllm_kvcompress.worker.pages import LayerPages
+from vllm_kvcompress.worker.setup import make_compactor
 
 LAYERS = 5
 BLOCK_SIZE = 32
@@ -167,18 +167,11 @@ class Pool:
     def compactor(self, settings: Settings) -> Compactor:
         """What a worker would run these settings with."""
         _, heads, dim = self.pages.shape
-        ranking = MERGING.get(settings.method, settings.method)
-        merger = None
-        if settings.method in MERGING:
-            pooling = POOLINGS[settings.pooling]()
-            angles = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-            rotation = Rotation(angles) if pooling.needs_rotation else None
-            centres = None
-            if rotation is not None and ranking is not None:
-                centres = {n: torch.zeros(self.blocks, heads, BLOCK_SIZE) for n in range(LAYERS)}
-            merger = Merger(pooling, rotation, centres)
-        method = METHODS[ranking](seed=0) if ranking is not None else None
-        return Compactor({0: Band(self.pages, SINKS)}, method, merger, 0, heads)
+        rotation = None
+        if POOLINGS[settings.pooling].needs_rotation:
+            rotation = Rotation(10000.0 ** (-torch.arange(0, dim, 2) / dim))
+        groups = {0: Band(self.pages, SINKS)}
+        return make_compactor(settings, groups, self.blocks, rotation, 0, heads)
 
 
 def _cpu_layer(dtype: torch.dtype, cache_dtype: str, dim: int) -> Any:

@@ -32,7 +32,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -47,10 +46,9 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from bench.smoke import BLOCK_SIZE, machine
+from bench.smoke import BLOCK_SIZE, in_its_own_process, machine, make_engine
 from vllm_kvcompress.bundled import model_directory
 
-MAX_MODEL_LEN = 4096
 CONTENDERS: dict[str, dict[str, Any]] = {
     "knorm": {"method": "knorm"},
     "merge, count": {"method": "merge", "merge_weighting": "count"},
@@ -125,24 +123,6 @@ class Run:
     step_seconds: float
     steps: int
     seconds: float
-
-
-def make_engine(settings: dict[str, Any] | None, kv_bytes: int) -> LLM:
-    """Start an engine as the smoke benchmark does, one that can be told what to produce."""
-    return LLM(
-        str(model_directory()),
-        dtype="bfloat16",
-        block_size=BLOCK_SIZE,
-        kv_cache_memory_bytes=kv_bytes,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=64,
-        # Compiled bfloat16 gives wrong text in stock vLLM 0.32 on CPU, at the same speed.
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        seed=0,
-        logits_processors=[ForcedTokens],
-        additional_config={"kvcompress": settings} if settings else {},
-    )
 
 
 def make_texts(requests: int, tokens: int) -> list[list[int]]:
@@ -228,8 +208,10 @@ def leading(tokens: list[int], others: list[int]) -> int:
 
 def compare(name: str, load: Workload, pairs: int) -> dict[str, Any]:
     """One contender beside stock vLLM, in this process."""
-    stock = make_engine(None, load.kv_bytes)
-    own = make_engine({**CONTENDERS[name], "budget": load.budget}, load.kv_bytes)
+    stock, own = (
+        make_engine(settings, load.kv_bytes, logits_processors=[ForcedTokens])
+        for settings in (None, {**CONTENDERS[name], "budget": load.budget})
+    )
     length = load.prompt_tokens + load.output_tokens
     texts = make_texts(load.requests, length)
     prompts = [text[: load.prompt_tokens] for text in texts]
@@ -349,11 +331,8 @@ def main() -> None:
         "contenders": {},
     }
     for name in CONTENDERS:
-        # A process of its own: engines leave threads and memory behind.
-        command = [sys.executable, "-m", "bench.merging", "--part", name, "--pairs", str(pairs)]
-        command += ["--quick"] if options.quick else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        report["contenders"][name] = json.loads(done.stdout.splitlines()[-1])
+        arguments = ["--part", name, "--pairs", str(pairs), *(["--quick"] * options.quick)]
+        report["contenders"][name] = in_its_own_process(*arguments, module="bench.merging")
         print(f"{name} done", file=sys.stderr)
     print(json.dumps(report, indent=2))
 

@@ -43,8 +43,8 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
 """Settings of each contender; the baseline first."""
 
 
-def make_engine(settings: dict[str, Any] | None, kv_bytes: int = KV_BYTES) -> Any:
-    """Start an engine on the bundled model in bfloat16."""
+def make_engine(settings: dict[str, Any] | None, kv_bytes: int = KV_BYTES, **more: Any) -> Any:
+    """Start an engine on the bundled model in bfloat16, with ``more`` arguments of vLLM's."""
     from vllm import LLM
 
     from vllm_kvcompress.bundled import model_directory
@@ -61,6 +61,7 @@ def make_engine(settings: dict[str, Any] | None, kv_bytes: int = KV_BYTES) -> An
         enable_prefix_caching=False,
         seed=0,
         additional_config={"kvcompress": settings} if settings else {},
+        **more,
     )
 
 
@@ -140,9 +141,9 @@ def idle(pairs: int, requests: int, prompt: int, output: int) -> dict[str, Any]:
     }
 
 
-def in_its_own_process(*arguments: str) -> dict[str, Any]:
+def in_its_own_process(*arguments: str, module: str = "bench.smoke") -> dict[str, Any]:
     """Run one part in a fresh interpreter: engines leave threads and memory behind."""
-    command = [sys.executable, "-m", "bench.smoke", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -16,6 +16,7 @@ from vllm_kvcompress.attention.group import CompressedAttentionGroup
 from vllm_kvcompress.attention.holes import HoleCounts
 from vllm_kvcompress.bands import plan_bands
 from vllm_kvcompress.methods import MERGING, METHODS, POOLINGS
+from vllm_kvcompress.methods.pooling import Rotation
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 from vllm_kvcompress.worker.band import BandPages
@@ -150,52 +151,73 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
                 f"kvcompress: layers {sorted(sharing)} share their cache with other layers, "
                 "which cannot be combined with compression yet."
             )
-        pages = {
+        of_group = {
             extract_layer_index(name): _pages(
                 layers[name], spec, num_blocks, config.cache_config.cache_dtype
             )
             for name in sorted(group.layer_names, key=extract_layer_index)
         }
-        first = next(iter(pages.values()))
-        if not all(other.lie_like(first) for other in pages.values()):
+        first = next(iter(of_group.values()))
+        if not all(other.lie_like(first) for other in of_group.values()):
             raise SettingsError(
-                f"kvcompress: layers {sorted(pages)} share a block table, but their page layouts "
-                "differ, which is not supported."
+                f"kvcompress: layers {sorted(of_group)} share a block table, but their page "
+                "layouts differ, which is not supported."
             )
-        groups[index] = Band(BandPages(pages), spec.limits.sinks)
+        groups[index] = Band(BandPages(of_group), spec.limits.sinks)
         names += group.layer_names
-    for band in groups.values():
-        band.pages.warm_up()
-    heads = next(iter(groups.values())).pages.shape[1]
+    pages = next(iter(groups.values())).pages
+    pages.warm_up()
+    _, heads, dim = pages.shape
     total = config.model_config.get_total_num_kv_heads()
     size = config.parallel_config.tensor_parallel_size
     # With more ranks than KV heads, neighbouring ranks hold copies of one head.
     first_head = get_tensor_model_parallel_rank() * max(total, 1) // size if size > 1 else 0
+    rotation = None
+    if settings.method in MERGING and POOLINGS[settings.pooling].needs_rotation:
+        rotation = learn_rotation(runner.get_model(), names, dim)
+    compactor = make_compactor(
+        settings, groups, num_blocks, rotation, first_head, max(total, heads)
+    )
+    return WorkerState(compactor, holes)
+
+
+def make_compactor(
+    settings: Settings,
+    groups: dict[int, Band],
+    num_blocks: int,
+    rotation: Rotation | None,
+    first_head: int,
+    total_heads: int,
+) -> Compactor:
+    """What runs plans with these settings.
+
+    Parameters
+    ----------
+    settings : Settings
+    groups : dict of int to Band
+        Compressed groups by KV cache group index.
+    num_blocks : int
+        Blocks of the pool.
+    rotation : Rotation or None
+        The model's, where pooling turns keys and the model has one.
+    first_head, total_heads : int
+        First KV head held by this worker and KV heads of the model.
+    """
     ranking = MERGING.get(settings.method, settings.method)
     method = METHODS[ranking](seed=settings.seed) if ranking is not None else None
     merger = None
     if settings.method in MERGING:
-        merger = _merger(settings, runner.get_model(), names, groups, num_blocks)
-    return WorkerState(Compactor(groups, method, merger, first_head, max(total, heads)), holes)
-
-
-def _merger(
-    settings: Settings, model: Any, names: list[str], groups: dict[int, Band], num_blocks: int
-) -> Merger:
-    """What pools the blocks of these layers."""
-    pooling = POOLINGS[settings.pooling]()
-    if not pooling.needs_rotation:
-        return Merger(pooling, None)
-    size, heads, dim = next(iter(groups.values())).pages.shape
-    rotation = learn_rotation(model, names, dim)
-    if rotation is None or MERGING[settings.method] is None:
-        return Merger(pooling, rotation)
-    centres = {
-        layer: torch.zeros(num_blocks, heads, size, device=band.pages.device)
-        for band in groups.values()
-        for layer in band.pages.layers
-    }
-    return Merger(pooling, rotation, centres)
+        centres = None
+        if rotation is not None and ranking is not None:
+            pages = next(iter(groups.values())).pages
+            size, heads, _ = pages.shape
+            centres = {
+                layer: torch.zeros(num_blocks, heads, size, device=pages.device)
+                for band in groups.values()
+                for layer in band.pages.layers
+            }
+        merger = Merger(POOLINGS[settings.pooling](), rotation, centres)
+    return Compactor(groups, method, merger, first_head, total_heads)
 
 
 def _check_groups(intended: dict[str, KVCacheSpec], groups: Sequence[KVCacheGroupSpec]) -> None:
