@@ -19,8 +19,9 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvcompress.methods import take_tokens
 from vllm_kvcompress.worker.layout import RAW_DTYPES, PageLayoutError
-from vllm_kvcompress.worker.pages import LayerPages, Packed, TokenMajor, TokenMinor, take_tokens
+from vllm_kvcompress.worker.pages import LayerPages, Packed, TokenMajor, TokenMinor
 
 BLOCKS = 7
 LAYERS = 2

@@ -282,12 +282,17 @@ def _split(layers: list[int], count: int) -> list[tuple[int, ...]]:
     return parts
 
 
+def pyramid_share(beta: float, layers: Sequence[int], num_layers: int) -> Fraction:
+    """Budget of some layers on the pyramid, as their mean, relative to that of layer 0."""
+    slope = 1 / Fraction(str(beta)) - 1
+    return 1 + Fraction(sum(layers), len(layers) * num_layers) * slope
+
+
 def _limits(
     settings: Settings, layers: tuple[int, ...], num_layers: int, block_size: int
 ) -> Limits:
     """Limits of one band: the mean of its layers on the pyramid."""
-    slope = 1 / Fraction(str(settings.pyramid_beta)) - 1
-    share = 1 + Fraction(sum(layers), len(layers) * num_layers) * slope
+    share = pyramid_share(settings.pyramid_beta, layers, num_layers)
     budget = settings.token_budget
     ratio = None
     if budget is None:

@@ -59,7 +59,7 @@ class CompressedCache(Cache):
         if prompt_tokens is not None and prompt_tokens < 1:
             raise ValueError(f"prompt_tokens={prompt_tokens} is not allowed: it must be positive.")
         self.prompt_tokens = prompt_tokens
-        self.weighted = getattr(self.settings, "merge_weighting", "count") == "count"
+        self.weighted = self.settings.merge_weighting == "count"
         self._plan: Plan | None = None
         self._reduce: Reduce | None = None
         self._prompt: int | None = None

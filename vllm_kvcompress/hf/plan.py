@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from math import ceil, inf
 from typing import Any
 
-from vllm_kvcompress.bands import Limits, plan_bands
+from vllm_kvcompress.bands import Limits, plan_bands, pyramid_share
 from vllm_kvcompress.hf.slots import Step
 from vllm_kvcompress.settings import Settings, SettingsError
 
@@ -147,8 +146,7 @@ def recent_window(
             "both must be positive."
         )
     count, last = layers
-    slope = 1 / Fraction(str(beta)) - 1
-    smallest = max(1, ceil(window * (1 + Fraction(last, count) * slope)))
+    smallest = max(1, ceil(window * pyramid_share(beta, [last], count)))
     # Merging can leave one slot per binary digit of the tokens it pools.
     room = smallest - sinks - longest.bit_length() - (recent or 0)
     if room < 0:

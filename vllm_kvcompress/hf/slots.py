@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_kvcompress.levels import plan_merges
-from vllm_kvcompress.methods import Method, ScoreContext, select_tokens
+from vllm_kvcompress.methods import Method, ScoreContext, select_tokens, take_tokens
 from vllm_kvcompress.methods.pooling import Pooling, Rotation, merge_blocks
 
 
@@ -95,8 +95,8 @@ class Evict:
         keys = slots.keys.float() if self.method.needs_keys else slots.keys
         kept = select_tokens(self.method.score(keys, context), keep, sinks)
         return Slots(
-            _take(slots.keys, kept),
-            _take(slots.values, kept),
+            take_tokens(slots.keys, kept),
+            take_tokens(slots.values, kept),
             slots.columns.gather(1, kept),
             slots.counts[:keep],  # all ones: what was merged is never evicted
         )
@@ -149,10 +149,6 @@ def run_step(slots: Slots, step: Step, reduce: Reduce, context: ScoreContext) ->
     stop = step.first + step.old
     kept = reduce(slots.part(step.first, stop), step.kept, step.sinks, context)
     return Slots.concat([slots.part(0, step.first), kept, slots.part(stop, None)])
-
-
-def _take(states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _levels(counts: torch.Tensor) -> list[int]:

@@ -49,3 +49,15 @@ def others(kept: torch.Tensor, tokens: int) -> torch.Tensor:
     # A stable sort puts the chosen ones last without asking the device how many are left.
     order = torch.sort(left, dim=-1, descending=True, stable=True).indices
     return order[..., : tokens - kept.shape[-1]]
+
+
+def take_tokens(elements: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Pick tokens per head: ``[heads, n, dim]`` by ``[heads, kept]`` to ``[heads, kept, dim]``."""
+    if elements.stride(-1) != 1:
+        # Token-minor: gather along the minor axis.
+        index = tokens.unsqueeze(1).expand(-1, elements.shape[-1], -1)
+        return elements.transpose(1, 2).gather(2, index).transpose(1, 2)
+    heads, length, dim = elements.shape
+    first = torch.arange(0, heads * length, length, device=tokens.device)
+    rows = (tokens + first[:, None]).flatten()
+    return elements.reshape(heads * length, dim).index_select(0, rows).view(heads, -1, dim)

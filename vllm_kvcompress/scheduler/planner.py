@@ -85,10 +85,7 @@ class Planner:
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        requests: Mapping[str, Request],
-        block_pool: BlockPool,
+        self, schedule: Schedule, requests: Mapping[str, Request], block_pool: BlockPool
     ) -> None:
         self.schedule = schedule
         self.requests = requests
@@ -159,7 +156,7 @@ class Planner:
             if not row or request_id == besides:
                 continue
             request, trajectory = self.requests[request_id], state.trajectory
-            length = max(request.num_prompt_tokens, request.num_tokens)
+            length = request.num_tokens
             if request.num_computed_tokens < length - 1 and self.schedule.phase == "during_prefill":
                 held = len(row) - trajectory.removed[group]
                 blocks += max(0, trajectory.peak_blocks(group, length) - held)

@@ -84,12 +84,11 @@ class Change:
         """Work out a step on the blocks of a region."""
         if step.pooled is None:
             return cls(region, step, region.blocks, step.kept)
-        lead, before, fresh, ranked, _, merges = step.pooled
-        total = sum(before) + fresh
-        stored = sum(before) if ranked else total
+        pooled, stored = step.pooled, step.pooled.stored
+        total = sum(pooled.before) + pooled.fresh
         used = {
             number
-            for _, older, newer in merges.rounds
+            for _, older, newer in pooled.merges.rounds
             for number in (*older, *newer)
             if number < stored
         }
@@ -103,12 +102,14 @@ class Change:
 
         rounds = [
             Round(level, [renumber(n) for n in older], [renumber(n) for n in newer])
-            for level, older, newer in merges.rounds
+            for level, older, newer in pooled.merges.rounds
         ]
-        outputs = [renumber(number) for number in merges.order if number >= stored]
-        sources = [region.blocks[lead + number] for number in sorted(used)]
-        sources += region.blocks[stored:] if ranked else []
-        written = len(outputs) + (ranked - fresh if ranked else 0)
+        outputs = [renumber(number) for number in pooled.merges.order if number >= stored]
+        sources = [region.blocks[pooled.lead + number] for number in sorted(used)]
+        written = len(outputs)
+        if pooled.ranked:
+            sources += region.blocks[stored:]
+            written += pooled.ranked - pooled.fresh
         return cls(region, step, sources, written, len(used), rounds, outputs)
 
     def after(self, destinations: Sequence[KVCacheBlock]) -> Region:
@@ -122,14 +123,14 @@ class Change:
         listed = self.before.listed
         if self.step.pooled is None:
             return Region(list(destinations), [0] * len(destinations), listed)
-        lead, before, fresh, ranked, _, merges = self.step.pooled
-        stored = sum(before) + (0 if ranked else fresh)
+        pooled = self.step.pooled
+        held = self.before.blocks[pooled.lead :]
         into = iter(destinations)
-        blocks = self.before.blocks[:lead]
-        for number in merges.order:
-            blocks.append(self.before.blocks[lead + number] if number < stored else next(into))
+        blocks = self.before.blocks[: pooled.lead]
+        for number in pooled.merges.order:
+            blocks.append(held[number] if number < pooled.stored else next(into))
         best = list(into)
-        levels = [0] * lead + levels_by_age(merges.counts) + [0] * len(best)
+        levels = [0] * pooled.lead + levels_by_age(pooled.merges.counts) + [0] * len(best)
         return Region(blocks + best, levels, listed)
 
 

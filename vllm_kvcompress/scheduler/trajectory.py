@@ -89,6 +89,11 @@ class Pooled(NamedTuple):
     exact: int
     merges: Merges
 
+    @property
+    def stored(self) -> int:
+        """How many of the blocks that may merge are blocks of the request already."""
+        return sum(self.before) + (0 if self.ranked else self.fresh)
+
 
 class Step(NamedTuple):
     """One group's part in a compaction: its ``old`` oldest blocks become ``kept``."""

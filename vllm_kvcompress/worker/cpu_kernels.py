@@ -54,8 +54,12 @@ def read_runs(
     blocks: np.ndarray,
     out: np.ndarray,
     run_first: bool,
+    shift: int,
 ) -> None:
-    """Copy all runs of some blocks to rows ``out``, in the order of :func:`write_runs`."""
+    """Copy all runs of some blocks to rows ``out``, in the order of :func:`write_runs`.
+
+    Shifted by 16 bits, bfloat16 numbers become the bits of float32 numbers, int32.
+    """
     heads, runs = table.shape
     count, length = blocks.shape[0], out.shape[1]
     per_run, per_block = (count, 1) if run_first else (1, runs)
@@ -68,32 +72,7 @@ def read_runs(
                 source = flat[start : start + length]
                 target = out[row + run * per_run]
                 for index in range(length):
-                    target[index] = source[index]
-
-
-@_compiled
-def read_bfloat16_runs(
-    flat: np.ndarray,
-    page: int,
-    table: np.ndarray,
-    blocks: np.ndarray,
-    out: np.ndarray,
-    run_first: bool,
-) -> None:
-    """As :func:`read_runs`, to the bits of float32 numbers, int32."""
-    heads, runs = table.shape
-    count, length = blocks.shape[0], out.shape[1]
-    per_run, per_block = (count, 1) if run_first else (1, runs)
-    for head in range(heads):
-        for block in range(count):
-            first = blocks[block] * page
-            row = head * runs * count + block * per_block
-            for run in range(runs):
-                start = first + table[head, run]
-                source = flat[start : start + length]
-                target = out[row + run * per_run]
-                for index in range(length):
-                    target[index] = np.int32(source[index]) << np.int32(16)
+                    target[index] = np.int32(source[index]) << np.int32(shift)
 
 
 @_compiled

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kvcompress.methods import take_tokens
 from vllm_kvcompress.methods.pooling import Pooling, Rotation, merge_blocks
 from vllm_kvcompress.methods.select import others
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
-from vllm_kvcompress.worker.pages import take_tokens
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvcompress.methods import take_tokens
 from vllm_kvcompress.worker.layout import (
     FP8_DTYPES,
     RAW_DTYPES,
@@ -137,18 +138,6 @@ def kernels() -> ModuleType:
     return importlib.import_module("vllm_kvcompress.worker.cpu_kernels")
 
 
-def take_tokens(elements: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Pick tokens per head: ``[heads, n, dim]`` by ``[heads, kept]`` to ``[heads, kept, dim]``."""
-    if elements.stride(-1) != 1:
-        # Token-minor: gather along the minor axis.
-        index = tokens.unsqueeze(1).expand(-1, elements.shape[-1], -1)
-        return elements.transpose(1, 2).gather(2, index).transpose(1, 2)
-    heads, length, dim = elements.shape
-    first = torch.arange(0, heads * length, length, device=tokens.device)
-    rows = (tokens + first[:, None]).flatten()
-    return elements.reshape(heads * length, dim).index_select(0, rows).view(heads, -1, dim)
-
-
 class RunPart(PagePart):
     """A part whose elements lie in contiguous runs.
 
@@ -201,13 +190,29 @@ class RunPart(PagePart):
         dtype = torch.int32 if convert else self.runs.dtype
         shape = (len(parts), heads * runs * len(blocks), self.length)
         out = torch.empty(shape, dtype=dtype)
-        read_runs = kernels().read_bfloat16_runs if convert else kernels().read_runs
+        places, shift = blocks.numpy(), 16 if convert else 0
         for part, rows in zip(parts, out.numpy(), strict=True):
-            read_runs(part.flat, part.page, part.starts, blocks.numpy(), rows, self.run_first)
+            kernels().read_runs(
+                part.flat, part.page, part.starts, places, rows, self.run_first, shift
+            )
         elements = self.shaped(out.flatten(0, 1), len(parts) * heads, runs)
         if floats is None:
             return elements
         return elements.view(torch.float32) if convert else elements.view(floats).float()
+
+    def _take_compiled(
+        self,
+        parts: Sequence[RunPart],
+        blocks: torch.Tensor,
+        tokens: torch.Tensor,
+        shape: tuple[int, ...],
+    ) -> torch.Tensor:
+        """Compiled :meth:`take_layers`, of this shape as it lies in memory."""
+        out = torch.empty(shape, dtype=self.runs.dtype)
+        count = len(parts)
+        for part, own, target in zip(parts, tokens.chunk(count), out.chunk(count), strict=True):
+            part._take(blocks, own, target)
+        return out
 
     def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
         rows = self._in_runs(elements)
@@ -244,19 +249,15 @@ class TokenMajor(RunPart):
     def take_layers(
         self, parts: Sequence[RunPart], blocks: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        own = tokens.chunk(len(parts))
-        shape = (len(tokens), tokens.shape[1], self.length)
-        if self.flat is None:
-            ids = self._ids(blocks).view(self.heads, -1)
-            taken = [
-                part.runs.index_select(0, ids.gather(1, of_layer).flatten())
-                for part, of_layer in zip(parts, own, strict=True)
-            ]
-            return torch.cat(taken).view(shape)
-        out = torch.empty(shape, dtype=self.runs.dtype)
-        for part, of_layer, target in zip(parts, own, out.chunk(len(parts)), strict=True):
-            part._take(blocks, of_layer, target)
-        return out
+        shape = (*tokens.shape, self.length)
+        if self.flat is not None:
+            return self._take_compiled(parts, blocks, tokens, shape)
+        ids = self._ids(blocks).view(self.heads, -1)
+        taken = [
+            part.runs.index_select(0, ids.gather(1, own).flatten())
+            for part, own in zip(parts, tokens.chunk(len(parts)), strict=True)
+        ]
+        return torch.cat(taken).view(shape)
 
     def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
         kernels().take_runs(
@@ -284,12 +285,8 @@ class TokenMinor(RunPart):
     ) -> torch.Tensor:
         if self.flat is None:
             return take_tokens(self.read_layers(parts, blocks), tokens)
-        dims = self.table.shape[1]
-        out = torch.empty(len(tokens), dims, tokens.shape[1], dtype=self.runs.dtype)
-        count = len(parts)
-        for part, own, target in zip(parts, tokens.chunk(count), out.chunk(count), strict=True):
-            part._take(blocks, own, target)
-        return out.transpose(1, 2)
+        shape = (len(tokens), self.table.shape[1], tokens.shape[1])
+        return self._take_compiled(parts, blocks, tokens, shape).transpose(1, 2)
 
     def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
         kernels().take_across_runs(
