@@ -61,10 +61,9 @@ from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.scheduler.region import Change, Region, levels_before
 from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
 from vllm_kvcompress.settings import Settings, parse_settings
-from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.compactor import Band, Compactor
 from vllm_kvcompress.worker.pages import LayerPages
-from vllm_kvcompress.worker.setup import make_compactor
+from vllm_kvcompress.worker.setup import band_pages, make_compactor
 
 LAYERS = 5
 BLOCK_SIZE = 32
@@ -147,7 +146,7 @@ class Pool:
         cache[1:] = cache[0]
         layer = _cpu_layer(dtype, cache_dtype, dim)
         self.isa = layer.isa
-        self.pages = BandPages(
+        self.pages = band_pages(
             {
                 index: LayerPages(layer, own, BLOCK_SIZE, heads, dim, cache_dtype)
                 for index, own in enumerate(cache)

@@ -145,36 +145,7 @@ def check(
         assert part.read(torch.tensor([0, 4])).equal(swapped)
         assert part.read(others).equal(rest[0])
         assert other.read(torch.arange(BLOCKS)).equal(rest[1])
-    check_compiled(pages, LayerPages(layer, cache, block_size, heads, dim, cache_dtype), everything)
     return pages
-
-
-def check_compiled(pages: LayerPages, plain: LayerPages, everything: torch.Tensor) -> None:
-    """Hold the compiled moves of the CPU against those in torch."""
-    blocks = torch.tensor([6, 0, 3])
-    for part, reference in ((pages.keys, plain.keys), (pages.values, plain.values)):
-        if isinstance(part, Packed):
-            continue
-        assert part.flat is not None
-        reference.flat = None
-        heads, tokens, _ = part.read(blocks).shape
-        kept = torch.rand(heads, tokens).argsort()[:, : tokens // 2].sort().values
-        raw = part.read(blocks)
-        assert raw.equal(reference.read(blocks))
-        assert part.take(blocks, kept).equal(reference.take(blocks, kept))
-        floats = [p.read_layers([p, p], blocks, pages.element) for p in (part, reference)]
-        assert floats[0].dtype == torch.float32
-        assert floats[0].view(torch.int32).equal(floats[1].view(torch.int32))
-        twice = torch.cat([kept, kept.flip(0)])
-        taken = [p.take_layers([p, p], blocks, twice) for p in (part, reference)]
-        assert taken[0].equal(taken[1])
-        before, written = everything.clone(), []
-        for each in (part, reference):
-            everything.copy_(before)
-            each.write(torch.tensor([1, 5, 2]), raw.flip(1))
-            written.append(everything.clone())
-        assert written[0].equal(written[1])
-        assert not written[0].equal(before)
 
 
 @pytest.mark.parametrize("block_size", [32, 64])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_kvcompress.methods.base import Method, ScoreContext
+from vllm_kvcompress.methods.base import Method, NormMethod, ScoreContext
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import KNorm
 from vllm_kvcompress.methods.pooling import POOLINGS
@@ -26,6 +26,7 @@ __all__ = [
     "METHODS",
     "POOLINGS",
     "Method",
+    "NormMethod",
     "ScoreContext",
     "select_tokens",
     "take_tokens",

@@ -68,6 +68,19 @@ class Method(ABC):
         """
 
 
+@dataclass(frozen=True)
+class NormMethod(Method):
+    """Base of methods that see nothing of a key but its norm, so that it need not be copied."""
+
+    @abstractmethod
+    def score_norms(self, squared_norms: torch.Tensor) -> torch.Tensor:
+        """Score tokens by the squared L2 norms of their keys, both ``[..., tokens]``, float32."""
+
+    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+        """Scores by norm, ``[kv_heads, tokens]``."""
+        return self.score_norms(torch.linalg.vecdot(keys, keys))
+
+
 def settle_near_ties(scores: torch.Tensor) -> torch.Tensor:
     """Round scores to 12 bits, so that rounding noise rarely chooses between equal tokens.
 

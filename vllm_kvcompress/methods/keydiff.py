@@ -20,7 +20,9 @@ class KeyDiff(Method):
 
     def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
         """Negative cosine to the mean of the unit keys, ``[kv_heads, tokens]``."""
-        unit = F.normalize(keys, dim=-1)
-        anchor = F.normalize(unit.mean(dim=-2, keepdim=True), dim=-1)
+        # Products instead of a copy of all keys at unit length.
+        inverse = torch.linalg.vector_norm(keys, dim=-1).clamp_min(1e-12).reciprocal()
+        mean = F.normalize(inverse.unsqueeze(-2) @ keys, dim=-1)
+        cosine = (keys @ mean.transpose(-2, -1)).squeeze(-1) * inverse
         # Coarser than rounding noise, which is absolute here, so that position decides ties.
-        return torch.round(torch.linalg.vecdot(unit, anchor) * -4096) / 4096
+        return torch.round(cosine * -4096) / 4096

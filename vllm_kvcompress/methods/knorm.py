@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.methods.base import Method, ScoreContext, settle_near_ties
+from vllm_kvcompress.methods.base import NormMethod, settle_near_ties
 
 
 @dataclass(frozen=True)
-class KNorm(Method):
+class KNorm(NormMethod):
     """Keep the tokens whose keys have the lowest L2 norm, which draw the attention."""
 
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
-        """Negative squared key norm, ``[kv_heads, tokens]`` (same order as the norm)."""
-        return settle_near_ties(-torch.linalg.vecdot(keys, keys))
+    def score_norms(self, squared_norms: torch.Tensor) -> torch.Tensor:
+        """Negative squared norms, which have the order of negative norms."""
+        return settle_near_ties(-squared_norms)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+from vllm.utils import torch_utils
 
+from vllm_kvcompress.levels import Round
+from vllm_kvcompress.methods import select_tokens
+from vllm_kvcompress.methods.pooling import Pooling, Rotation, merge_blocks
 from vllm_kvcompress.worker.pages import LayerPages, PagePart
+
+
+def tensor_of(blocks: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Block ids on a device, int64, without waiting for it."""
+    return torch_utils.async_tensor_h2d(list(blocks), device, torch.int64)
+
 
 MAX_SLICE = 1 << 21
 """Most numbers of one kind (keys or values) that are worked on at once."""
@@ -43,23 +54,17 @@ class BandPages:
     def _values(self) -> list[PagePart]:
         return [pages.values for pages in self.layers.values()]
 
-    def warm_up(self) -> None:
-        """Move the null block onto itself once, so that no request waits for a compiler."""
-        null = torch.zeros(1, dtype=torch.int64, device=self.device)
-        size, heads, _ = self.shape
-        tokens = torch.arange(size, device=self.device).expand(len(self.layers) * heads, size)
-        tokens = tokens.contiguous()
-        self.read_float_keys(null)
-        self.write(null, self.read_keys(null), self.read_values(null))
-        self.write(null, self.take_keys(null, tokens), self.take_values(null, tokens))
-
-    def slices(self, blocks: int) -> Iterator[BandPages]:
+    def slices(self, blocks: int) -> Iterator[Self]:
         """Layers by the handful, so that float32 copies of ``blocks`` blocks stay small."""
         size, heads, dim = self.shape
         each = max(1, MAX_SLICE // max(1, blocks * size * heads * dim))
         names = list(self.layers)
         for first in range(0, len(names), each):
-            yield BandPages({name: self.layers[name] for name in names[first : first + each]})
+            yield self.part(names[first : first + each])
+
+    def part(self, layers: Sequence[int]) -> Self:
+        """Some of the layers."""
+        return type(self)({layer: self.layers[layer] for layer in layers})
 
     def read_keys(self, blocks: torch.Tensor) -> torch.Tensor:
         """Raw keys ``[layers * kv_heads, tokens, head_dim]`` of blocks ``[n]``, int64."""
@@ -74,19 +79,111 @@ class BandPages:
         element = next(iter(self.layers.values())).element
         return self._keys[0].read_layers(self._keys, blocks, element)
 
+    def warm_up(self, ranking: bool, pooling: Pooling | None) -> None:
+        """Do once what the first request would otherwise wait for.
+
+        Parameters
+        ----------
+        ranking : bool
+            Whether a method scores tokens.
+        pooling : Pooling or None
+            ``None`` if nothing is merged.
+        """
+
+    def squared_norms(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Squared L2 norms of keys (without scales), ``[layers * kv_heads, tokens]``, float32."""
+        keys = (part.read_float_keys(blocks) for part in self.slices(len(blocks)))
+        return torch.cat([torch.linalg.vecdot(part, part) for part in keys])
+
+    def select(self, scores: torch.Tensor, keep: int, sinks: int) -> torch.Tensor:
+        """As :func:`~vllm_kvcompress.methods.select_tokens`, on the pages' device."""
+        return select_tokens(scores, keep, sinks)
+
     def no_keys(self, blocks: int) -> torch.Tensor:
         """Something of the shape of keys, for methods that do not look at them."""
         size, heads, dim = self.shape
         shape = (len(self.layers) * heads, blocks * size, dim)
         return torch.empty(1, dtype=torch.float32, device=self.device).expand(shape)
 
-    def take_keys(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Raw keys of some tokens, ``[layers * kv_heads, kept]``, int64, of some blocks."""
-        return self._keys[0].take_layers(self._keys, blocks, tokens)
+    def move(self, sources: torch.Tensor, tokens: torch.Tensor, destinations: torch.Tensor) -> None:
+        """Move some tokens of some blocks to other blocks, which may be among them.
 
-    def take_values(self, blocks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Raw values of some tokens, as :meth:`take_keys`."""
-        return self._values[0].take_layers(self._values, blocks, tokens)
+        Parameters
+        ----------
+        sources : torch.Tensor
+            ``[n]``, int64.
+        tokens : torch.Tensor
+            ``[layers * kv_heads, kept]``, int64, ascending indices into the sources' tokens.
+        destinations : torch.Tensor
+            ``[kept / block_size]``, int64.
+        """
+        # All reads come before the writes.
+        keys = self._keys[0].take_layers(self._keys, sources, tokens)
+        values = self._values[0].take_layers(self._values, sources, tokens)
+        self.write(destinations, keys, values)
+
+    def merge(
+        self,
+        sources: Sequence[int],
+        rounds: Sequence[Round],
+        outputs: Sequence[int],
+        destinations: Sequence[int],
+        pooling: Pooling,
+        rotation: Rotation | None,
+    ) -> None:
+        """Merge blocks, all slots of a level standing for equally many consecutive tokens.
+
+        Parameters
+        ----------
+        sources : sequence of int
+            Blocks that merge or move, oldest first.
+        rounds : sequence of Round
+            Merges over them and those made on the way.
+        outputs : sequence of int
+            Blocks that stay, by the numbers of the rounds.
+        destinations : sequence of int
+            Where these go; may be among the sources.
+        pooling : Pooling
+        rotation : Rotation or None
+            The model's, ``None`` if it has none.
+        """
+        read = tensor_of(sources, self.device)
+        written = tensor_of(destinations, self.device)
+        for part in self.slices(len(sources)):
+            keys, values = part.read_keys(read), part.read_values(read)
+            kept = part.merged(keys, values, None, rounds, outputs, pooling, rotation)
+            part.write(written, kept[0], kept[1])
+
+    def merged(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        centres: torch.Tensor | None,
+        rounds: Sequence[Round],
+        outputs: Sequence[int],
+        pooling: Pooling,
+        rotation: Rotation | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Outputs of rounds over raw slots, ``[layers * kv_heads, slots, head_dim]``, as raw.
+
+        ``centres`` as :func:`~vllm_kvcompress.methods.pooling.merge_blocks` has them, by slot.
+        """
+        size, heads, dim = self.shape
+        rows = len(self.layers) * heads
+        made = merge_blocks(
+            self.as_float(keys).reshape(rows, -1, size, dim),
+            self.as_float(values).reshape(rows, -1, size, dim),
+            rounds,
+            pooling,
+            rotation,
+            None if centres is None else centres.reshape(rows, -1, size),
+        )
+        kept = torch.tensor(outputs, device=self.device)
+        return (
+            self.as_raw(made[0][:, kept]).reshape(rows, -1, dim),
+            self.as_raw(made[1][:, kept]).reshape(rows, -1, dim),
+            None if made[2] is None else made[2][:, kept].reshape(rows, -1),
+        )
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill blocks with raw keys and values ``[layers * kv_heads, tokens, head_dim]``."""

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from vllm.utils import torch_utils
 
-from vllm_kvcompress.methods import Method, ScoreContext, select_tokens
+from vllm_kvcompress.methods import Method, NormMethod, ScoreContext
 from vllm_kvcompress.scheduler.plan import CompactionPlan
-from vllm_kvcompress.worker.band import BandPages
+from vllm_kvcompress.worker.band import BandPages, tensor_of
 from vllm_kvcompress.worker.merger import Contents, Merger
 
 
@@ -95,67 +94,71 @@ class Compactor:
 
     def _run(self, plan: CompactionPlan) -> None:
         band = self.groups[plan.group]
-        device = band.pages.device
-        # From pinned memory: a copy from pageable memory may wait for the device.
-        sources = torch_utils.async_tensor_h2d(plan.sources, device, torch.int64)
-        destinations = torch_utils.async_tensor_h2d(plan.destinations, device, torch.int64)
-        for pages in band.pages.slices(len(plan.sources)):
-            # All reads come before the writes: a destination may be a source.
-            if self.merger is None:
-                contents = self._evict(plan, pages, sources, band.sinks)
-            else:
-                contents = self._merge(plan, pages, sources, band.sinks)
-                self.merger.note(pages, destinations, contents)
-            pages.write(destinations, contents.keys, contents.values)
-            if self.on_written is not None:
-                for layer, keys in zip(pages.layers, contents.keys.split(self.heads), strict=True):
-                    self.on_written(plan, layer, keys)
-
-    def _evict(
-        self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
-    ) -> Contents:
-        assert self.method is not None
-        if self.method.needs_keys:
-            floats = pages.read_float_keys(sources)
+        destinations = tensor_of(plan.destinations, band.pages.device)
+        if self.method is None:
+            assert self.merger is not None
+            band.pages.merge(
+                plan.sources,
+                plan.rounds,
+                plan.outputs,
+                plan.destinations,
+                self.merger.pooling,
+                self.merger.rotation,
+            )
+        elif self.merger is None:
+            sources = tensor_of(plan.sources, band.pages.device)
+            kept = self._select(plan, band.pages, sources, len(plan.destinations), band.sinks)
+            band.pages.move(sources, kept, destinations)
         else:
-            floats = pages.no_keys(len(plan.sources))
-        kept = self._select(plan, pages, floats, len(plan.destinations), sinks)
-        return Contents(pages.take_keys(sources, kept), pages.take_values(sources, kept))
+            sources = tensor_of(plan.sources, band.pages.device)
+            for pages in band.pages.slices(len(plan.sources)):
+                contents = self._rank_and_merge(plan, pages, sources, band.sinks)
+                self.merger.note(pages, destinations, contents)
+                pages.write(destinations, contents.keys, contents.values)
+        if self.on_written is not None:
+            written = band.pages.read_keys(destinations).split(self.heads)
+            for layer, keys in zip(band.pages.layers, written, strict=True):
+                self.on_written(plan, layer, keys)
 
-    def _merge(
+    def _rank_and_merge(
         self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
     ) -> Contents:
         assert self.merger is not None
         pooled = self.merger.read(plan, pages, sources)
-        best: list[Contents] = []
-        if plan.pooled < len(plan.sources):
-            pooled, ranked = pooled.split(plan.pooled * self.block_size)
-            blocks = len(plan.destinations) - len(plan.outputs)
-            floats = pages.as_float(ranked.keys)
-            kept = self._select(plan, pages, floats, blocks, sinks)
-            pooled = Contents.join([pooled, ranked.without(kept)])
-            best = [ranked.take(kept)]
-        return Contents.join([self.merger.merge(plan, pages, pooled), *best])
+        pooled, ranked = pooled.split(plan.pooled * self.block_size)
+        blocks = len(plan.destinations) - len(plan.outputs)
+        kept = self._select(plan, pages, sources[plan.pooled :], blocks, sinks)
+        pooled = Contents.join([pooled, ranked.without(kept)])
+        return Contents.join([self.merger.merge(plan, pages, pooled), ranked.take(kept)])
 
     def _select(
-        self, plan: CompactionPlan, pages: BandPages, floats: torch.Tensor, blocks: int, sinks: int
+        self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, keep: int, sinks: int
     ) -> torch.Tensor:
-        """Tokens to keep in so many blocks, ``[layers * kv_heads, kept]``."""
-        assert self.method is not None
-        method = self.method
-        layers = list(pages.layers)
-        if method.same_for_all_layers:
-            scores = method.score(floats, self._context(plan, layers[0]))
-        else:
-            parts = zip(layers, floats.split(self.heads), strict=True)
-            scores = torch.cat(
-                [method.score(part, self._context(plan, layer)) for layer, part in parts]
-            )
-        kept = select_tokens(scores, blocks * self.block_size, sinks)
+        """Tokens of the sources to keep in ``keep`` blocks, ``[layers * kv_heads, kept]``."""
+        scores = self._score(plan, pages, sources)
+        kept = pages.select(scores, keep * self.block_size, sinks)
         if self.on_kept is not None:
-            for layer, own in zip(layers, kept.split(self.heads), strict=True):
+            for layer, own in zip(pages.layers, kept.split(self.heads), strict=True):
                 self.on_kept(plan, layer, own)
         return kept
+
+    def _score(self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor) -> torch.Tensor:
+        method = self.method
+        assert method is not None
+        if isinstance(method, NormMethod):
+            return method.score_norms(pages.squared_norms(sources))
+        scores = []
+        for part in pages.slices(len(sources)):
+            keys = (
+                part.read_float_keys(sources) if method.needs_keys else part.no_keys(len(sources))
+            )
+            layers = list(part.layers)
+            if method.same_for_all_layers:
+                scores.append(method.score(keys, self._context(plan, layers[0])))
+                continue
+            for layer, own in zip(layers, keys.split(self.heads), strict=True):
+                scores.append(method.score(own, self._context(plan, layer)))
+        return torch.cat(scores)
 
     def _context(self, plan: CompactionPlan, layer: int) -> ScoreContext:
         return ScoreContext(layer, plan.position, self.first_head, self.total_heads)

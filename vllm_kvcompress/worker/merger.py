@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvcompress.methods import take_tokens
-from vllm_kvcompress.methods.pooling import Pooling, Rotation, merge_blocks
+from vllm_kvcompress.methods.pooling import Pooling, Rotation
 from vllm_kvcompress.methods.select import others
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
@@ -118,22 +118,16 @@ class Merger:
 
     def merge(self, plan: CompactionPlan, pages: BandPages, slots: Contents) -> Contents:
         """Outputs of a plan's rounds over these slots."""
-        size, heads, dim = pages.shape
-        rows = len(pages.layers) * heads
-        keys, values, centres = merge_blocks(
-            pages.as_float(slots.keys).reshape(rows, -1, size, dim),
-            pages.as_float(slots.values).reshape(rows, -1, size, dim),
+        merged = pages.merged(
+            slots.keys,
+            slots.values,
+            slots.centres,
             plan.rounds,
+            plan.outputs,
             self.pooling,
             self.rotation,
-            None if slots.centres is None else slots.centres.reshape(rows, -1, size),
         )
-        outputs = torch.tensor(plan.outputs, device=keys.device)
-        return Contents(
-            pages.as_raw(keys[:, outputs]).reshape(rows, -1, dim),
-            pages.as_raw(values[:, outputs]).reshape(rows, -1, dim),
-            None if centres is None else centres[:, outputs].reshape(rows, -1),
-        )
+        return Contents(*merged)
 
     def note(self, pages: BandPages, blocks: torch.Tensor, contents: Contents) -> None:
         """Remember the centres of what is written into blocks."""

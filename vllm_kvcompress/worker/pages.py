@@ -6,10 +6,8 @@ are moved: in contiguous runs where there are any, one by one where there are no
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -133,11 +131,6 @@ class PagePart(ABC):
         return self.take_layers([self], blocks, tokens)
 
 
-def kernels() -> ModuleType:
-    """Compiled moves for the CPU; imported late, since other devices never need them."""
-    return importlib.import_module("vllm_kvcompress.worker.cpu_kernels")
-
-
 class RunPart(PagePart):
     """A part whose elements lie in contiguous runs.
 
@@ -157,10 +150,8 @@ class RunPart(PagePart):
         self.runs = _runs(raw, length)
         self.page_runs = raw.stride(0) // length
         self.table = (table // length).contiguous().to(raw.device)
-        self.flat = self.runs.view(-1).numpy() if raw.device.type == "cpu" else None
-        """For compiled moves; they need the elements one by one."""
         self.page = raw.stride(0)
-        self.starts = table.contiguous().numpy()
+        self.starts = table.contiguous()
 
     run_first: ClassVar[bool]
     """Whether elements in block order are ordered by run, then block, or the other way."""
@@ -170,10 +161,6 @@ class RunPart(PagePart):
     def shaped(cls, rows: torch.Tensor, heads: int, runs: int) -> torch.Tensor:
         """Runs in the part's order, ``[heads * runs * n, length]``, as elements."""
 
-    @abstractmethod
-    def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        """Compiled :meth:`take`, to ``out`` as it lies in memory."""
-
     def read_layers(
         self,
         parts: Sequence[RunPart],
@@ -181,48 +168,13 @@ class RunPart(PagePart):
         floats: torch.dtype | None = None,
     ) -> torch.Tensor:
         heads, runs = self.table.shape
-        if self.flat is None:
-            ids = self._ids(blocks)
-            read = torch.cat([part.runs.index_select(0, ids) for part in parts])
-            rows = read if floats is None else read.view(floats).float()
-            return self.shaped(rows, len(parts) * heads, runs)
-        convert = floats == torch.bfloat16
-        dtype = torch.int32 if convert else self.runs.dtype
-        shape = (len(parts), heads * runs * len(blocks), self.length)
-        out = torch.empty(shape, dtype=dtype)
-        places, shift = blocks.numpy(), 16 if convert else 0
-        for part, rows in zip(parts, out.numpy(), strict=True):
-            kernels().read_runs(
-                part.flat, part.page, part.starts, places, rows, self.run_first, shift
-            )
-        elements = self.shaped(out.flatten(0, 1), len(parts) * heads, runs)
-        if floats is None:
-            return elements
-        return elements.view(torch.float32) if convert else elements.view(floats).float()
-
-    def _take_compiled(
-        self,
-        parts: Sequence[RunPart],
-        blocks: torch.Tensor,
-        tokens: torch.Tensor,
-        shape: tuple[int, ...],
-    ) -> torch.Tensor:
-        """Compiled :meth:`take_layers`, of this shape as it lies in memory."""
-        out = torch.empty(shape, dtype=self.runs.dtype)
-        count = len(parts)
-        for part, own, target in zip(parts, tokens.chunk(count), out.chunk(count), strict=True):
-            part._take(blocks, own, target)
-        return out
+        ids = self._ids(blocks)
+        read = torch.cat([part.runs.index_select(0, ids) for part in parts])
+        rows = read if floats is None else read.view(floats).float()
+        return self.shaped(rows, len(parts) * heads, runs)
 
     def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
-        rows = self._in_runs(elements)
-        if self.flat is None:
-            self.runs.index_copy_(0, self._ids(blocks), rows)
-            return
-        values = rows.contiguous().numpy()
-        kernels().write_runs(
-            self.flat, self.page, self.starts, blocks.numpy(), values, self.run_first
-        )
+        self.runs.index_copy_(0, self._ids(blocks), self._in_runs(elements))
 
     @abstractmethod
     def _in_runs(self, elements: torch.Tensor) -> torch.Tensor:
@@ -250,19 +202,12 @@ class TokenMajor(RunPart):
         self, parts: Sequence[RunPart], blocks: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         shape = (*tokens.shape, self.length)
-        if self.flat is not None:
-            return self._take_compiled(parts, blocks, tokens, shape)
         ids = self._ids(blocks).view(self.heads, -1)
         taken = [
             part.runs.index_select(0, ids.gather(1, own).flatten())
             for part, own in zip(parts, tokens.chunk(len(parts)), strict=True)
         ]
         return torch.cat(taken).view(shape)
-
-    def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        kernels().take_runs(
-            self.flat, self.page, self.starts, blocks.numpy(), tokens.numpy(), out.numpy()
-        )
 
     def _in_runs(self, elements: torch.Tensor) -> torch.Tensor:
         return elements.reshape(-1, self.length)
@@ -283,21 +228,7 @@ class TokenMinor(RunPart):
     def take_layers(
         self, parts: Sequence[RunPart], blocks: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        if self.flat is None:
-            return take_tokens(self.read_layers(parts, blocks), tokens)
-        shape = (len(tokens), self.table.shape[1], tokens.shape[1])
-        return self._take_compiled(parts, blocks, tokens, shape).transpose(1, 2)
-
-    def _take(self, blocks: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
-        kernels().take_across_runs(
-            self.flat,
-            self.page,
-            self.starts,
-            self.length,
-            blocks.numpy(),
-            tokens.numpy(),
-            out.numpy(),
-        )
+        return take_tokens(self.read_layers(parts, blocks), tokens)
 
     def _in_runs(self, elements: torch.Tensor) -> torch.Tensor:
         return elements.transpose(1, 2).reshape(-1, self.length)

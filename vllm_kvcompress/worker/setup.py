@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,10 +163,9 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
                 f"kvcompress: layers {sorted(of_group)} share a block table, but their page "
                 "layouts differ, which is not supported."
             )
-        groups[index] = Band(BandPages(of_group), spec.limits.sinks)
+        groups[index] = Band(band_pages(of_group), spec.limits.sinks)
         names += group.layer_names
     pages = next(iter(groups.values())).pages
-    pages.warm_up()
     _, heads, dim = pages.shape
     total = config.model_config.get_total_num_kv_heads()
     size = config.parallel_config.tensor_parallel_size
@@ -178,7 +177,20 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     compactor = make_compactor(
         settings, groups, num_blocks, rotation, first_head, max(total, heads)
     )
+    merger = compactor.merger
+    pages.warm_up(compactor.method is not None, None if merger is None else merger.pooling)
     return WorkerState(compactor, holes)
+
+
+def band_pages(layers: Mapping[int, LayerPages]) -> BandPages:
+    """Pages of layers that lie alike, with compiled kernels where there are any for them."""
+    if next(iter(layers.values())).device.type == "cpu":
+        # Imported late: other devices never need a compiler.
+        from vllm_kvcompress.worker.cpu.band import CompiledBandPages
+
+        if CompiledBandPages.fits(layers):
+            return CompiledBandPages(layers)
+    return BandPages(layers)
 
 
 def make_compactor(

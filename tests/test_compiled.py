@@ -1,0 +1,297 @@
+"""Compiled page moves, held against the same moves in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kvcompress.levels import Round, plan_merges
+from vllm_kvcompress.methods import POOLINGS, select_tokens
+from vllm_kvcompress.methods.pooling import Rotation
+from vllm_kvcompress.worker.band import BandPages
+from vllm_kvcompress.worker.cpu.band import CompiledBandPages
+from vllm_kvcompress.worker.layout import FP8_DTYPES
+from vllm_kvcompress.worker.pages import LayerPages, TokenMajor, TokenMinor
+from vllm_kvcompress.worker.setup import band_pages
+
+LAYERS, BLOCKS, HEADS, DIM = 3, 11, 2, 16
+TYPES = {
+    "float32": (torch.float32, "auto"),
+    "bfloat16": (torch.bfloat16, "auto"),
+    "float16": (torch.float16, "auto"),
+    "fp8_e4m3": (torch.uint8, "fp8"),
+    "fp8_e5m2": (torch.uint8, "fp8_e5m2"),
+}
+ROTATIONS = {
+    "plain": None,
+    "neox": Rotation(1000.0 ** (-torch.arange(0, DIM, 2) / DIM)),
+    "gptj, partial": Rotation(1000.0 ** (-torch.arange(0, DIM // 2, 2) / DIM), neox=False),
+}
+
+
+class Layout(NamedTuple):
+    """Axes of a page, outermost first: heads, keys and values, tokens, dimensions."""
+
+    keys: str
+    values: str
+
+    def offsets(self, size: int) -> torch.Tensor:
+        """Where each element lies, ``[2, size, HEADS, DIM]``."""
+        lengths = {"h": HEADS, "p": 2, "t": size, "d": DIM}
+        found = []
+        for part, axes in enumerate(self):
+            count = torch.arange(2 * size * HEADS * DIM).view([lengths[axis] for axis in axes])
+            found.append(count.permute([axes.index(axis) for axis in "pthd"])[part])
+        return torch.stack(found)
+
+
+LAYOUTS = {
+    "cpu": Layout("hpdt", "hptd"),
+    "triton": Layout("htpd", "htpd"),
+    "tokens outermost": Layout("tphd", "tphd"),
+    "both across": Layout("phdt", "phdt"),
+}
+
+
+class Impl:
+    """Writes pages of a layout."""
+
+    def __init__(self, offsets: torch.Tensor, element: torch.dtype) -> None:
+        self.offsets, self.element = offsets, element
+
+    def do_kv_cache_update(
+        self, layer: Any, keys: Any, values: Any, cache: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        size = self.offsets.shape[1]
+        pages = cache.view(cache.shape[0], -1)
+        for part, numbers in enumerate((keys, values)):
+            raw = numbers.to(self.element).view(cache.dtype)
+            for token, slot in zip(raw, slots.tolist(), strict=True):
+                pages[slot // size, self.offsets[part, slot % size]] = token
+
+
+class Case:
+    """The same pages twice over: moved by kernels, and by torch."""
+
+    def __init__(self, type_name: str, layout: Layout, size: int = 32) -> None:
+        torch.manual_seed(0)
+        dtype, cache_dtype = TYPES[type_name]
+        element = FP8_DTYPES.get(cache_dtype, dtype)
+        layer = SimpleNamespace(impl=Impl(layout.offsets(size), element), dtype=torch.float32)
+        numbers = torch.randn(LAYERS, BLOCKS, HEADS, size, 2 * DIM)
+        # Every binary place that the types have, also the smallest.
+        numbers *= torch.exp2(torch.randint(-12, 8, numbers.shape).float())
+        self.size = size
+        self.caches = [numbers.to(element).view(dtype).clone() for _ in range(2)]
+        mine, reference = (
+            {
+                index: LayerPages(layer, own, size, HEADS, DIM, cache_dtype)
+                for index, own in enumerate(cache)
+            }
+            for cache in self.caches
+        )
+        compiled = band_pages(mine)
+        assert isinstance(compiled, CompiledBandPages)
+        self.compiled, self.torch = compiled, BandPages(reference)
+
+    def both(self, call: Callable[[BandPages], Any]) -> list[Any]:
+        """Results of the kernels and of torch."""
+        return [call(self.compiled), call(self.torch)]
+
+    def assert_same_bytes(self) -> None:
+        """Both caches must be alike, whole."""
+        first, second = (cache.view(torch.uint8) for cache in self.caches)
+        assert first.equal(second)
+
+
+@pytest.fixture(params=TYPES)
+def type_name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return request.param
+
+
+@pytest.fixture(params=[32, 64, 96])
+def case(request: pytest.FixtureRequest, type_name: str, layout: Layout) -> Case:
+    return Case(type_name, layout, request.param)
+
+
+def test_layouts_are_what_they_are_called() -> None:
+    kinds = {name: [TokenMinor, TokenMajor] for name in ("cpu",)}
+    kinds |= {name: [TokenMajor, TokenMajor] for name in ("triton", "tokens outermost")}
+    kinds |= {"both across": [TokenMinor, TokenMinor]}
+    for name, expected in kinds.items():
+        pages = Case("bfloat16", LAYOUTS[name]).torch.layers[0]
+        assert [type(pages.keys), type(pages.values)] == expected
+
+
+def test_reads_and_writes(case: Case) -> None:
+    blocks = torch.tensor([7, 0, 3, 10])
+    for read in ("read_keys", "read_values"):
+        mine, reference = case.both(lambda pages, read=read: getattr(pages, read)(blocks))
+        assert mine.equal(reference)
+    mine, reference = case.both(lambda pages: pages.read_float_keys(blocks))
+    assert mine.dtype == torch.float32
+    assert mine.equal(reference)
+    keys, values = case.torch.read_keys(blocks), case.torch.read_values(blocks)
+    before = case.caches[0].clone()
+    case.both(lambda pages: pages.write(blocks.flip(0), keys, values))
+    case.assert_same_bytes()
+    assert not case.caches[0].view(torch.uint8).equal(before.view(torch.uint8))
+
+
+def test_squared_norms(case: Case) -> None:
+    blocks = torch.tensor([9, 1, 2])
+    mine, reference = case.both(lambda pages: pages.squared_norms(blocks))
+    assert mine.shape == (LAYERS * HEADS, 3 * case.size)
+    torch.testing.assert_close(mine, reference, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("sources", "destinations"),
+    [
+        ([4, 7, 1, 9], [4, 7]),  # in place
+        ([4, 7, 1, 9], [9, 4, 1]),  # in place, in another order
+        ([4, 7, 1, 9], [3, 10]),
+        ([2, 5], [2, 5]),  # all tokens stay
+        ([8, 6, 5], [5]),
+    ],
+)
+def test_moves(case: Case, sources: list[int], destinations: list[int]) -> None:
+    total, kept = len(sources) * case.size, len(destinations) * case.size
+    rows = LAYERS * HEADS
+    tokens = torch.rand(rows, total).argsort()[:, :kept].sort().values
+    before = case.caches[0].clone()
+    case.both(lambda pages: pages.move(torch.tensor(sources), tokens, torch.tensor(destinations)))
+    case.assert_same_bytes()
+    changed = (case.caches[0].view(torch.uint8) != before.view(torch.uint8)).flatten(2).any(2)
+    same = sources == destinations
+    expected = torch.tensor([block in destinations and not same for block in range(BLOCKS)])
+    assert changed.equal(expected.expand(LAYERS, -1))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 100),
+    st.data(),
+)
+def test_selects_as_torch(rows: int, tokens: int, data: st.DataObject) -> None:
+    few = st.sampled_from([0.0, -0.0, 1.0, -2.5, float("nan"), -float("nan"), float("inf")])
+    numbers = data.draw(st.lists(few, min_size=rows * tokens, max_size=rows * tokens))
+    scores = torch.tensor(numbers).view(rows, tokens)
+    sinks = data.draw(st.integers(0, tokens))
+    keep = data.draw(st.integers(sinks, tokens))
+    chosen = CompiledBandPages({}).select(scores, keep, sinks)
+    assert chosen.equal(select_tokens(scores, keep, sinks))
+
+
+def test_selects_many() -> None:
+    torch.manual_seed(0)
+    for scores in (torch.randn(15, 2000), torch.randn(15, 2000).round(decimals=1)):
+        for keep in (4, 5, 700, 1999, 2000):
+            chosen = CompiledBandPages({}).select(scores, keep, 4)
+            assert chosen.equal(select_tokens(scores, keep, 4))
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS)
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
+@pytest.mark.parametrize(
+    ("counts", "keep", "destinations"),
+    [
+        ([2], 1, [3]),  # two blocks into one
+        ([2], 1, [4]),  # in place
+        ([7], 3, [9, 0, 4]),  # several rounds
+        ([3, 2, 1], 4, [4, 7, 1, 2]),  # blocks of several levels, some of which only move
+    ],
+)
+def test_merges(
+    type_name: str,
+    pooling: Any,
+    rotation: Rotation | None,
+    counts: list[int],
+    keep: int,
+    destinations: list[int],
+) -> None:
+    case = Case(type_name, LAYOUTS["cpu"])
+    merges = plan_merges(counts, keep)
+    sources = [4, 7, 1, 9, 5, 6, 8][: sum(counts)]
+    assert len(merges.order) == len(destinations)
+    case.both(
+        lambda pages: pages.merge(
+            sources, merges.rounds, merges.order, destinations, pooling(), rotation
+        )
+    )
+    mine, reference = (
+        torch.stack([pages.as_float(read) for read in reads(pages, destinations)])
+        for pages in (case.compiled, case.torch)
+    )
+    # Turned keys are sums of products in another order: a step of the cache's type at most.
+    step = torch.finfo(case.torch.layers[0].element)
+    tolerance = 3e-6 if type_name == "float32" else 1.01 * step.eps
+    scale = reference.abs().amax(-1, keepdim=True)
+    assert ((mine - reference).abs() <= tolerance * scale + 1.01 * step.smallest_normal).all()
+    if pooling is not POOLINGS["mean"]:
+        assert mine.equal(reference)
+    rest = [block for block in range(BLOCKS) if block not in destinations]
+    assert all(
+        one.equal(other)
+        for one, other in zip(reads(case.compiled, rest), reads(case.torch, rest), strict=True)
+    )
+
+
+def reads(pages: BandPages, blocks: list[int]) -> list[torch.Tensor]:
+    """Raw keys and values of blocks."""
+    chosen = torch.tensor(blocks)
+    return [pages.read_keys(chosen), pages.read_values(chosen)]
+
+
+@pytest.mark.parametrize("layout_name", ["triton", "both across"])
+def test_merges_other_layouts_in_torch(layout_name: str) -> None:
+    case = Case("bfloat16", LAYOUTS[layout_name])
+    pooling = POOLINGS["mean"]()
+    rounds = [Round(0, [0], [1])]
+    case.both(lambda pages: pages.merge([4, 7], rounds, [2], [4], pooling, ROTATIONS["neox"]))
+    case.assert_same_bytes()
+
+
+def test_every_number_of_a_type_survives() -> None:
+    """All bit patterns of 16 and 8 bits, through decoding and encoding."""
+    for name, (dtype, cache_dtype) in TYPES.items():
+        if dtype == torch.float32:
+            continue
+        element = FP8_DTYPES.get(cache_dtype, dtype)
+        bits = torch.arange(1 << 8 * element.itemsize, dtype=torch.int32)
+        raw = bits.to(torch.uint8 if element.itemsize == 1 else torch.int16)
+        numbers = raw.view(element).float()
+        finite = raw[numbers.isfinite()]
+        case = Case(name, LAYOUTS["cpu"])
+        size = HEADS * case.size * DIM
+        for chunk in finite.split(size):
+            part = torch.zeros(size, dtype=chunk.dtype)
+            part[: len(chunk)] = chunk
+            slots = part.view(1, HEADS * case.size, DIM).reshape(HEADS, case.size, DIM)
+            same = slots.repeat(LAYERS, 1, 1)
+            for pages in (case.compiled, case.torch):
+                pages.write(torch.tensor([2]), same, same)
+            case.compiled.merge([2], [Round(0, [], [])], [0], [5], POOLINGS["max"](), None)
+            keys, values = reads(case.compiled, [5])
+            assert keys.equal(same), name
+            assert values.equal(same), name
+
+
+def test_falls_back_where_there_are_no_kernels() -> None:
+    case = Case("bfloat16", LAYOUTS["cpu"])
+    layers = dict(case.torch.layers)
+    size, heads, dim = case.torch.shape
+    layers[0].shape = (size + 1, heads, dim)
+    assert type(band_pages(layers)) is BandPages
