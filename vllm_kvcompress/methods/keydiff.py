@@ -21,8 +21,8 @@ class KeyDiff(Method):
     def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
         """Negative cosine to the mean of the unit keys, ``[kv_heads, tokens]``."""
         # Products instead of a copy of all keys at unit length.
-        inverse = torch.linalg.vector_norm(keys, dim=-1).clamp_min(1e-12).reciprocal()
+        inverse = torch.linalg.vecdot(keys, keys).sqrt().clamp_min(1e-12).reciprocal()
         mean = F.normalize(inverse.unsqueeze(-2) @ keys, dim=-1)
-        cosine = (keys @ mean.transpose(-2, -1)).squeeze(-1) * inverse
+        cosine = (mean @ keys.transpose(-2, -1)).squeeze(-2) * inverse
         # Coarser than rounding noise, which is absolute here, so that position decides ties.
         return torch.round(cosine * -4096) / 4096

@@ -49,7 +49,7 @@ def compiled(
 
 
 LINE = 64
-"""Bytes of a cache line."""
+"""Bytes of a cache line, or half of one."""
 
 LANES = 32
 """Tokens that :func:`compress` squeezes at once; block sizes are multiples of it."""
@@ -134,22 +134,28 @@ def compress(typingctx: Any, source: Any, start: Any, target: Any, at: Any, mask
 
 
 @intrinsic
-def prefetch(typingctx: Any, source: Any, start: Any) -> Any:
-    """Ask for the cache line of ``source[start]``: blocks lie anywhere in memory."""
+def _prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        place = builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t)
         number = ir.IntType(32)
         fetch = cgutils.get_or_insert_function(
             builder.module,
             ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number]),
             "llvm.prefetch.p0",
         )
+        place = builder.inttoptr(args[0], cgutils.voidptr_t)
         builder.call(fetch, [place, *(ir.Constant(number, value) for value in (0, 3, 1))])
         return context.get_dummy_value()
 
-    return types.void(source, start), codegen
+    return types.void(types.int64), codegen
+
+
+@compiled
+def fetch(address: int, size: int) -> None:
+    """Ask for so many bytes from an address on: blocks lie anywhere in memory."""
+    for line in range(0, size, LINE):
+        _prefetch(address + line)
 
 
 def _data(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from vllm_kvcompress.worker.cpu.intrinsics import LINE, at_address, compiled, prefetch
+from vllm_kvcompress.worker.cpu.intrinsics import at_address, compiled, fetch
 from vllm_kvcompress.worker.cpu.numbers import Format, decode, encode, number
 
 MEAN, MAX, BEST = 0, 1, 2
@@ -54,11 +54,16 @@ def _turn_to_mean(
     cos: np.ndarray,
     sin: np.ndarray,
     out: np.ndarray,
+    ahead: tuple[int, int],
 ) -> None:
     """Means of neighbours, turned half the way to each other, of a block's dimensions in pairs."""
+    item = block.itemsize
     half = size // 2
     for pair in range(pairs.shape[1]):
         first, second = pairs[0, pair] * size, pairs[1, pair] * size
+        for start in (first, second):
+            fetch(ahead[0] + start * item, size * item)
+            fetch(ahead[1] + start // 2 * item, size // 2 * item)
         one, two = block[first : first + size], block[second : second + size]
         to_one, to_two = out[first : first + half], out[second : second + half]
         c, s = cos[pair] * np.float32(0.5), sin[pair] * np.float32(0.5)
@@ -78,10 +83,13 @@ def _pool_across(
     pooling: int,
     picks: np.ndarray,
     out: np.ndarray,
+    ahead: tuple[int, int],
 ) -> None:
     """Pool neighbours in the rows of a block from dimension ``first`` on."""
-    half = size // 2
+    half, item = size // 2, block.itemsize
     for dim in range(first, block.shape[0] // size):
+        fetch(ahead[0] + dim * size * item, size * item)
+        fetch(ahead[1] + dim * half * item, half * item)
         run, made = block[dim * size : (dim + 1) * size], out[dim * size : dim * size + half]
         if pooling == MEAN:
             for slot in range(half):
@@ -124,9 +132,13 @@ def _pool_along(
     pooling: int,
     picks: np.ndarray,
     out: np.ndarray,
+    ahead: tuple[int, int],
 ) -> None:
     """Pool neighbouring rows ``[dims]`` of a block."""
+    item = block.itemsize
     for slot in range(block.shape[0] // dims // 2):
+        fetch(ahead[0] + 2 * slot * dims * item, 2 * dims * item)
+        fetch(ahead[1] + slot * dims * item, dims * item)
         older = block[2 * slot * dims : (2 * slot + 1) * dims]
         newer = block[(2 * slot + 1) * dims : (2 * slot + 2) * dims]
         made = out[slot * dims : (slot + 1) * dims]
@@ -156,24 +168,25 @@ def _pool(
     sums: np.ndarray,
     picks: np.ndarray,
     out: np.ndarray,
+    ahead: tuple[int, int],
 ) -> None:
-    """Pool the slots of one block into one half of another."""
+    """Pool the slots of one block into one half of another.
+
+    On the way ask for what is needed soon: a block at ``ahead[0]``, half a block at the other.
+    """
     if not keys:
-        _pool_along(block, format, block.shape[0] // size, pooling, picks, out)
+        _pool_along(block, format, block.shape[0] // size, pooling, picks, out, ahead)
         return
     if pooling == BEST:
         _pick(block, format, size, sums, picks)
-    _turn_to_mean(block, format, size, pairs, cos, sin, out)
-    _pool_across(block, format, size, 2 * pairs.shape[1], pooling, picks, out)
+    _turn_to_mean(block, format, size, pairs, cos, sin, out, ahead)
+    _pool_across(block, format, size, 2 * pairs.shape[1], pooling, picks, out, ahead)
 
 
 @compiled
-def _fetch(cache: np.ndarray, block: int, part: Part, head: int) -> None:
-    """Ask for a head's part of a block, which may lie anywhere in memory."""
-    for span in range(part.starts.shape[1]):
-        start = block * part.page + part.starts[head, span]
-        for line in range(0, part.length, LINE // cache.itemsize):
-            prefetch(cache, start + line)
+def _address(part: Part, layer: int, head: int, block: int, item: int) -> int:
+    """Where a head's part of a block begins."""
+    return part.caches[layer] + (block * part.page + part.starts[head, 0]) * item
 
 
 @compiled
@@ -228,30 +241,31 @@ def merge_part(
     length = part.length
     count, made = sources.shape[0], merges.shape[1]
     half, half_block = size // 2, scratch.shape[1] // 2
-    layers = part.caches.shape[0]
+    layers, item = part.caches.shape[0], like.itemsize
     for layer in range(part.caches.shape[0]):
         cache = numba.carray(at_address(part.caches[layer]), (1 << 62,), dtype=like.dtype)
         for head in range(heads):
             for index in range(made):
                 level, out = merges[0, index], scratch[index]
-                # The blocks that are read next, here or for the next head.
+                # What is read next, here or for the next head.
                 after, next_head, next_layer = index + 1, head, layer
                 if after == made:
                     after, next_head = 0, head + 1
                     if next_head == heads:
                         next_head, next_layer = 0, min(layer + 1, layers - 1)
-                there = numba.carray(
-                    at_address(part.caches[next_layer]), (1 << 62,), dtype=like.dtype
-                )
-                for side in range(2):
-                    if merges[1 + side, after] < count:
-                        _fetch(there, sources[merges[1 + side, after]], part, next_head)
                 for side in range(2):
                     source = merges[1 + side, index]
                     chosen = picks[layer * heads + head, index, side * half : (side + 1) * half]
                     # Keys lie across: a half is half of each row. Values: of all rows.
                     into = out[side * (half if keys else half_block) :]
-                    turns = pairs, cos[level], sin[level], scratch[-1], chosen, into
+                    # Where there is nothing to ask for, what is at hand does no harm.
+                    next_block = sources[min(merges[1 + side, after], count - 1)]
+                    written = destinations[min(index, destinations.shape[0] - 1)]
+                    ahead = (
+                        _address(part, next_layer, next_head, next_block, item),
+                        _address(part, layer, head, written, item) + side * half_block * item,
+                    )
+                    turns = pairs, cos[level], sin[level], scratch[-1], chosen, into, ahead
                     if source >= count:
                         block = scratch[source - count]
                         _pool(block, format, keys, size, pooling, *turns)
@@ -268,8 +282,6 @@ def merge_part(
                             start : start + length
                         ]
                     _pool(gathered, format, keys, size, pooling, *turns)
-                if index < destinations.shape[0]:
-                    _fetch(cache, destinations[index], part, head)
             # Every read comes before the writes: a destination may be a source.
             for index in range(outputs.shape[0]):
                 if outputs[index] < count:

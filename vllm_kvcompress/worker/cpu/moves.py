@@ -23,12 +23,11 @@ import numpy as np
 
 from vllm_kvcompress.worker.cpu.intrinsics import (
     LANES,
-    LINE,
     at_address,
     compiled,
     compress,
     copy,
-    prefetch,
+    fetch,
 )
 from vllm_kvcompress.worker.cpu.numbers import Format, decode, number
 
@@ -52,7 +51,7 @@ def move_across(
     Tokens ascend. ``scratch`` is ``[>= head_dim, >= kept + LANES]``, raw.
     """
     heads, dims = starts.shape
-    kept = tokens.shape[1]
+    kept, item = tokens.shape[1], scratch.itemsize
     width = scratch.shape[1]
     flat = scratch.reshape(-1)
     for layer in range(caches.shape[0]):
@@ -73,7 +72,7 @@ def move_across(
                 first = sources[block] * page + chunk * LANES - block * size
                 ahead = sources[min(block + 1, sources.shape[0] - 1)] * page
                 for dim in range(dims):
-                    prefetch(cache, ahead + starts[head, dim])
+                    fetch(caches[layer] + (ahead + starts[head, dim]) * item, size * item)
                     start = first + starts[head, dim]
                     compress(cache, start, flat, dim * width + done, mask)
                 done += found
@@ -81,8 +80,7 @@ def move_across(
                 first = destinations[index] * page
                 ahead = destinations[min(index + 1, destinations.shape[0] - 1)] * page
                 for dim in range(dims):
-                    for line in range(0, size, LINE // scratch.itemsize):
-                        prefetch(cache, ahead + starts[head, dim] + line)
+                    fetch(caches[layer] + (ahead + starts[head, dim]) * item, size * item)
                     start = dim * width + index * size
                     copy(flat, start, cache, first + starts[head, dim], size)
 
@@ -103,7 +101,7 @@ def move_along(
     ``scratch`` is ``[>= kept * length]``, raw.
     """
     heads, size = starts.shape
-    kept = tokens.shape[1]
+    kept, item = tokens.shape[1], scratch.itemsize
     for layer in range(caches.shape[0]):
         cache = numba.carray(at_address(caches[layer]), (page,), dtype=scratch.dtype)
         for head in range(heads):
@@ -115,8 +113,7 @@ def move_along(
                     while token >= (later + 1) * size:
                         later += 1
                     start = sources[later] * page + starts[head, token - later * size]
-                    for line in range(0, length, LINE // scratch.itemsize):
-                        prefetch(cache, start + line)
+                    fetch(caches[layer] + (start) * item, length * item)
                 if index >= 0:
                     token = row[index]
                     while token >= (block + 1) * size:
@@ -127,8 +124,7 @@ def move_along(
                 first = destinations[block] * page
                 ahead = destinations[min(block + 1, kept // size - 1)] * page
                 for token in range(size):
-                    for line in range(0, length, LINE // scratch.itemsize):
-                        prefetch(cache, ahead + starts[head, token] + line)
+                    fetch(caches[layer] + (ahead + starts[head, token]) * item, length * item)
                     start = first + starts[head, token]
                     copy(scratch, (block * size + token) * length, cache, start, length)
 
@@ -146,6 +142,7 @@ def squared_norms_across(
 ) -> None:
     """Squared norms ``[layers * kv_heads, n * size]``, float32, of keys with a run a dimension."""
     heads, dims = starts.shape
+    item = like.itemsize
     for layer in range(caches.shape[0]):
         cache = numba.carray(at_address(caches[layer]), (1 << 62,), dtype=like.dtype)
         for head in range(heads):
@@ -158,8 +155,7 @@ def squared_norms_across(
                         sums[token] = 0
                     for dim in range(dims):
                         start = starts[head, dim] + lane
-                        for line in range(0, LANES, LINE // like.itemsize):
-                            prefetch(cache, ahead + start + line)
+                        fetch(caches[layer] + (ahead + start) * item, LANES * item)
                         start += blocks[index] * page
                         run = cache[start : start + LANES]
                         for token in range(LANES):
@@ -180,14 +176,14 @@ def squared_norms_along(
 ) -> None:
     """As :func:`squared_norms_across`, of keys with a run a token."""
     heads, size = starts.shape
+    item = like.itemsize
     for layer in range(caches.shape[0]):
         cache = numba.carray(at_address(caches[layer]), (1 << 62,), dtype=like.dtype)
         for head in range(heads):
             for index in range(blocks.shape[0]):
                 ahead = blocks[min(index + 1, blocks.shape[0] - 1)] * page
                 for token in range(size):
-                    for line in range(0, length, LINE // like.itemsize):
-                        prefetch(cache, ahead + starts[head, token] + line)
+                    fetch(caches[layer] + (ahead + starts[head, token]) * item, length * item)
                     start = blocks[index] * page + starts[head, token]
                     run = cache[start : start + length]
                     total = np.float32(0)
