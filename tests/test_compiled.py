@@ -115,14 +115,15 @@ def type_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> Layout:
-    return request.param
+CASES = [(name, "cpu", 32) for name in TYPES]
+CASES += [("bfloat16", name, size) for name in LAYOUTS for size in (64, 96)]
+CASES += [("float32", "triton", 32), ("fp8_e4m3", "both across", 64)]
 
 
-@pytest.fixture(params=[32, 64, 96])
-def case(request: pytest.FixtureRequest, type_name: str, layout: Layout) -> Case:
-    return Case(type_name, layout, request.param)
+@pytest.fixture(params=CASES, ids=lambda case: ", ".join(map(str, case)))
+def case(request: pytest.FixtureRequest) -> Case:
+    type_name, layout, size = request.param
+    return Case(type_name, LAYOUTS[layout], size)
 
 
 def test_layouts_are_what_they_are_called() -> None:

@@ -141,13 +141,16 @@ class Held:
         self.live: dict[tuple[int, int], torch.Tensor] = {}
         self._blocks: dict[tuple[int, int, int], torch.Tensor] = {}
         self._runner = engine.runner
-        merger = engine.runner.kvcompress.compactor.merger
-        self._merge, merger.merge = merger.merge, self._follow
+        compactor = engine.runner.kvcompress.compactor
+        self._run, compactor._run = compactor._run, self._follow
         self._rewrite = engine.runner._rewrite_row
         engine.runner._rewrite_row = self._note
 
-    def _follow(self, plan: Any, pages: Any, slots: Any) -> Any:
-        made = self._merge(plan, pages, slots)
+    def _follow(self, plan: Any) -> None:
+        pages = self._runner.kvcompress.compactor.groups[plan.group].pages
+        slots = pages.read_keys(torch.tensor(plan.sources))
+        self._run(plan)
+        made = pages.read_keys(torch.tensor(plan.destinations))
         self._learn_row(plan, pages)
         heads = pages.shape[1]
         leaves = output_slots(plan)
@@ -156,7 +159,7 @@ class Held:
             before = torch.cat([self._blocks[plan.group, layer, b] for b in plan.sources], dim=1)
             after = torch.stack(
                 [
-                    before[:, slot].gather(1, same(slots.keys[rows, slot], made.keys[rows, i]))
+                    before[:, slot].gather(1, same(slots[rows, slot], made[rows, i]))
                     for i, slot in enumerate(leaves)
                 ],
                 dim=1,
@@ -165,7 +168,6 @@ class Held:
                 del self._blocks[plan.group, layer, block]
             for block, part in zip(plan.destinations, after.split(BLOCK, dim=1), strict=True):
                 self._blocks[plan.group, layer, block] = part
-        return made
 
     def _learn_row(self, plan: Any, pages: Any) -> None:
         """Blocks seen for the first time are where their tokens are."""

@@ -94,7 +94,6 @@ class Compactor:
 
     def _run(self, plan: CompactionPlan) -> None:
         band = self.groups[plan.group]
-        destinations = tensor_of(plan.destinations, band.pages.device)
         if self.method is None:
             assert self.merger is not None
             band.pages.merge(
@@ -105,31 +104,32 @@ class Compactor:
                 self.merger.pooling,
                 self.merger.rotation,
             )
-        elif self.merger is None:
-            sources = tensor_of(plan.sources, band.pages.device)
-            kept = self._select(plan, band.pages, sources, len(plan.destinations), band.sinks)
-            band.pages.move(sources, kept, destinations)
         else:
             sources = tensor_of(plan.sources, band.pages.device)
-            for pages in band.pages.slices(len(plan.sources)):
-                contents = self._rank_and_merge(plan, pages, sources, band.sinks)
-                self.merger.note(pages, destinations, contents)
-                pages.write(destinations, contents.keys, contents.values)
+            destinations = tensor_of(plan.destinations, band.pages.device)
+            if self.merger is None:
+                kept = self._select(plan, band.pages, sources, len(plan.destinations), band.sinks)
+                band.pages.move(sources, kept, destinations)
+            else:
+                self._rank_and_merge(plan, band, sources, destinations)
         if self.on_written is not None:
-            written = band.pages.read_keys(destinations).split(self.heads)
-            for layer, keys in zip(band.pages.layers, written, strict=True):
+            written = band.pages.read_keys(tensor_of(plan.destinations, band.pages.device))
+            for layer, keys in zip(band.pages.layers, written.split(self.heads), strict=True):
                 self.on_written(plan, layer, keys)
 
     def _rank_and_merge(
-        self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
-    ) -> Contents:
+        self, plan: CompactionPlan, band: Band, sources: torch.Tensor, destinations: torch.Tensor
+    ) -> None:
         assert self.merger is not None
-        pooled = self.merger.read(plan, pages, sources)
-        pooled, ranked = pooled.split(plan.pooled * self.block_size)
         blocks = len(plan.destinations) - len(plan.outputs)
-        kept = self._select(plan, pages, sources[plan.pooled :], blocks, sinks)
-        pooled = Contents.join([pooled, ranked.without(kept)])
-        return Contents.join([self.merger.merge(plan, pages, pooled), ranked.take(kept)])
+        for pages in band.pages.slices(len(plan.sources)):
+            slots = self.merger.read(plan, pages, sources)
+            pooled, ranked = slots.split(plan.pooled * self.block_size)
+            kept = self._select(plan, pages, sources[plan.pooled :], blocks, band.sinks)
+            pooled = Contents.join([pooled, ranked.without(kept)])
+            contents = Contents.join([self.merger.merge(plan, pages, pooled), ranked.take(kept)])
+            self.merger.note(pages, destinations, contents)
+            pages.write(destinations, contents.keys, contents.values)
 
     def _select(
         self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, keep: int, sinks: int
