@@ -143,6 +143,9 @@ def test_reads_and_writes(case: Case) -> None:
     mine, reference = case.both(lambda pages: pages.read_float_keys(blocks))
     assert mine.dtype == torch.float32
     assert mine.equal(reference)
+    for mine, reference in zip(*case.both(lambda pages: pages.read_slots(blocks)), strict=True):
+        assert mine.is_contiguous()
+        assert mine.equal(reference)
     keys, values = case.torch.read_keys(blocks), case.torch.read_values(blocks)
     before = case.caches[0].clone()
     case.both(lambda pages: pages.write(blocks.flip(0), keys, values))

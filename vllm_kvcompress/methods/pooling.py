@@ -45,18 +45,47 @@ class Rotation:
         positions : torch.Tensor or float
             Scalar, or the shape of ``keys`` without its last axis.
         """
-        half = self.angles.shape[0]
         turned = torch.as_tensor(positions, dtype=torch.float32, device=keys.device)
         angle = turned[..., None] * self.angles
         cos, sin = angle.cos(), angle.sin()
-        rotary, plain = keys[..., : 2 * half], keys[..., 2 * half :]
+        rotary = 2 * self.angles.shape[0]
+        first, second = self._pairs(keys[..., :rotary])
+        parts = first * cos - second * sin, second * cos + first * sin
+        return torch.cat([self._joined(*parts), keys[..., rotary:]], dim=-1)
+
+    def meet(
+        self, older: torch.Tensor, newer: torch.Tensor, way: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Mean of two keys, the older one turned onwards by ``way`` and the newer one back.
+
+        Parameters
+        ----------
+        older, newer : torch.Tensor
+            ``[..., head_dim]``, float32, rotated as cached.
+        way : torch.Tensor or float
+            Scalar, or the shape of ``older`` without its last axis.
+        """
+        angle = torch.as_tensor(way, dtype=torch.float32, device=older.device)[..., None]
+        # Turned by opposite angles, sums and differences take one cosine and one sine.
+        cos, sin = (angle * self.angles).cos() / 2, (angle * self.angles).sin() / 2
+        total, apart = older + newer, older - newer
+        rotary = 2 * self.angles.shape[0]
+        first, second = self._pairs(total[..., :rotary])
+        first_apart, second_apart = self._pairs(apart[..., :rotary])
+        met = first * cos - second_apart * sin, second * cos + first_apart * sin
+        return torch.cat([self._joined(*met), total[..., rotary:] / 2], dim=-1)
+
+    def _pairs(self, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The channels that turn together."""
         if self.neox:
-            first, second = rotary[..., :half], rotary[..., half:]
-            parts = [first * cos - second * sin, second * cos + first * sin, plain]
-            return torch.cat(parts, dim=-1)
-        first, second = rotary[..., 0::2], rotary[..., 1::2]
-        pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return torch.cat([pairs.flatten(-2), plain], dim=-1)
+            first, second = rotary.chunk(2, dim=-1)
+            return first, second
+        return rotary[..., 0::2], rotary[..., 1::2]
+
+    def _joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        if self.neox:
+            return torch.cat([first, second], dim=-1)
+        return torch.stack([first, second], dim=-1).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -109,10 +138,9 @@ class Mean(Pooling):
         rotation: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of pairs, of keys turned half the way towards each other."""
-        if rotation is not None:
-            way = torch.as_tensor(gap, dtype=torch.float32, device=keys.device) / 2
-            keys = rotation.turn(keys, torch.stack([way, -way], dim=-1))
-        return keys.mean(dim=-2), values.mean(dim=-2)
+        older, newer = keys[..., 0, :], keys[..., 1, :]
+        pooled = (older + newer) / 2 if rotation is None else rotation.meet(older, newer, gap / 2)
+        return pooled, (values[..., 0, :] + values[..., 1, :]) / 2
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def others(kept: torch.Tensor, tokens: int) -> torch.Tensor:
     """
     left = torch.ones(*kept.shape[:-1], tokens, dtype=torch.bool, device=kept.device)
     left.scatter_(-1, kept, False)
+    if left.device.type == "cpu":
+        return left.nonzero()[:, -1].view(*kept.shape[:-1], -1)
     # A stable sort puts the chosen ones last without asking the device how many are left.
     order = torch.sort(left, dim=-1, descending=True, stable=True).indices
     return order[..., : tokens - kept.shape[-1]]

@@ -79,6 +79,12 @@ class BandPages:
         element = next(iter(self.layers.values())).element
         return self._keys[0].read_layers(self._keys, blocks, element)
 
+    def read_slots(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as float32 numbers, in one piece, valid until the next call."""
+        elements = self.read_keys(blocks), self.read_values(blocks)
+        keys, values = (self.as_float(part).contiguous() for part in elements)
+        return keys, values
+
     def warm_up(self, ranking: bool, pooling: Pooling | None) -> None:
         """Do once what the first request would otherwise wait for.
 
@@ -117,10 +123,13 @@ class BandPages:
         destinations : torch.Tensor
             ``[kept / block_size]``, int64.
         """
-        # All reads come before the writes.
-        keys = self._keys[0].take_layers(self._keys, sources, tokens)
-        values = self._values[0].take_layers(self._values, sources, tokens)
-        self.write(destinations, keys, values)
+        parts = list(self.slices(len(sources)))
+        rows = [len(part.layers) * self.shape[1] for part in parts]
+        for part, own in zip(parts, tokens.split(rows), strict=True):
+            # All reads come before the writes.
+            keys = part._keys[0].take_layers(part._keys, sources, own)
+            values = part._values[0].take_layers(part._values, sources, own)
+            part.write(destinations, keys, values)
 
     def merge(
         self,
@@ -150,8 +159,8 @@ class BandPages:
         read = tensor_of(sources, self.device)
         written = tensor_of(destinations, self.device)
         for part in self.slices(len(sources)):
-            keys, values = part.read_keys(read), part.read_values(read)
-            kept = part.merged(keys, values, None, rounds, outputs, pooling, rotation)
+            slots = part.read_slots(read)
+            kept = part.merged(*slots, None, rounds, outputs, pooling, rotation)
             part.write(written, kept[0], kept[1])
 
     def merged(
@@ -164,15 +173,15 @@ class BandPages:
         pooling: Pooling,
         rotation: Rotation | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Outputs of rounds over raw slots, ``[layers * kv_heads, slots, head_dim]``, as raw.
+        """Outputs of rounds over slots, as read; keys and values raw.
 
         ``centres`` as :func:`~vllm_kvcompress.methods.pooling.merge_blocks` has them, by slot.
         """
         size, heads, dim = self.shape
         rows = len(self.layers) * heads
         made = merge_blocks(
-            self.as_float(keys).reshape(rows, -1, size, dim),
-            self.as_float(values).reshape(rows, -1, size, dim),
+            keys.reshape(rows, -1, size, dim),
+            values.reshape(rows, -1, size, dim),
             rounds,
             pooling,
             rotation,

@@ -11,7 +11,7 @@ import torch
 from vllm_kvcompress.methods import Method, NormMethod, ScoreContext
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages, tensor_of
-from vllm_kvcompress.worker.merger import Contents, Merger
+from vllm_kvcompress.worker.merger import Merger
 
 
 @dataclass
@@ -124,12 +124,14 @@ class Compactor:
         blocks = len(plan.destinations) - len(plan.outputs)
         for pages in band.pages.slices(len(plan.sources)):
             slots = self.merger.read(plan, pages, sources)
-            pooled, ranked = slots.split(plan.pooled * self.block_size)
-            kept = self._select(plan, pages, sources[plan.pooled :], blocks, band.sinks)
-            pooled = Contents.join([pooled, ranked.without(kept)])
-            contents = Contents.join([self.merger.merge(plan, pages, pooled), ranked.take(kept)])
-            self.merger.note(pages, destinations, contents)
-            pages.write(destinations, contents.keys, contents.values)
+            ranked = sources[plan.pooled :]
+            kept = self._select(plan, pages, ranked, blocks, band.sinks)
+            keys, values, centres = self.merger.pool(plan, pages, slots, kept)
+            # What is kept moves as it is, and first: outputs may go to where it was.
+            pooled = len(plan.outputs)
+            pages.move(ranked, kept, destinations[pooled:])
+            pages.write(destinations[:pooled], keys, values)
+            self.merger.note(pages, destinations, centres)
 
     def _select(
         self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, keep: int, sinks: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +14,13 @@ from vllm_kvcompress.worker.band import BandPages
 
 
 @dataclass(frozen=True)
-class Contents:
+class Slots:
     """Slots of some layers, heads of all layers in one axis.
 
     Attributes
     ----------
     keys, values : torch.Tensor
-        ``[layers * kv_heads, slots, head_dim]``, raw.
+        ``[layers * kv_heads, slots, head_dim]``, float32.
     centres : torch.Tensor or None
         ``[layers * kv_heads, slots]``, float32: position to which each key is turned, where
         it has to be known.
@@ -31,41 +30,12 @@ class Contents:
     values: torch.Tensor
     centres: torch.Tensor | None = None
 
-    def split(self, slots: int) -> tuple[Contents, Contents]:
-        """The first slots, and the others."""
-        parts = (slice(None, slots), slice(slots, None))
-        first, second = (
-            Contents(
-                self.keys[:, part],
-                self.values[:, part],
-                None if self.centres is None else self.centres[:, part],
-            )
-            for part in parts
-        )
-        return first, second
-
-    def take(self, slots: torch.Tensor) -> Contents:
+    def take(self, slots: torch.Tensor) -> Slots:
         """Some slots of each head, ``[layers * kv_heads, n]``, int64."""
-        return Contents(
+        return Slots(
             take_tokens(self.keys, slots),
             take_tokens(self.values, slots),
             None if self.centres is None else self.centres.gather(1, slots),
-        )
-
-    def without(self, slots: torch.Tensor) -> Contents:
-        """The other slots of each head."""
-        return self.take(others(slots, self.keys.shape[1]))
-
-    @staticmethod
-    def join(parts: Sequence[Contents]) -> Contents:
-        """Slots of all parts in order."""
-        if len(parts) == 1:
-            return parts[0]
-        centres = [part.centres for part in parts if part.centres is not None]
-        return Contents(
-            torch.cat([part.keys for part in parts], dim=1),
-            torch.cat([part.values for part in parts], dim=1),
-            torch.cat(centres, dim=1) if centres else None,
         )
 
 
@@ -93,7 +63,7 @@ class Merger:
         self.rotation = rotation
         self.centres = centres or {}
 
-    def read(self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor) -> Contents:
+    def read(self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor) -> Slots:
         """All slots of a plan's sources."""
         centres = None
         if self.centres:
@@ -114,26 +84,49 @@ class Merger:
                     for layer in pages.layers
                 ]
             )
-        return Contents(pages.read_keys(sources), pages.read_values(sources), centres)
+        return Slots(*pages.read_slots(sources), centres)
 
-    def merge(self, plan: CompactionPlan, pages: BandPages, slots: Contents) -> Contents:
-        """Outputs of a plan's rounds over these slots."""
-        merged = pages.merged(
-            slots.keys,
-            slots.values,
-            slots.centres,
+    def pool(
+        self, plan: CompactionPlan, pages: BandPages, slots: Slots, kept: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Pool the slots that a plan pools anyway and those that ranking leaves over.
+
+        Parameters
+        ----------
+        slots : Slots
+            Of all sources.
+        kept : torch.Tensor
+            ``[layers * kv_heads, n]``, int64: what ranking kept of the slots behind the
+            plan's pooled ones.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Raw keys and values of the plan's outputs, and centres of all that is written.
+        """
+        first = plan.pooled * pages.shape[0]
+        total = slots.keys.shape[1]
+        head = torch.arange(first, device=kept.device).expand(len(kept), -1)
+        left = torch.cat([head, others(kept, total - first) + first], dim=1)
+        pooled = slots.take(left)
+        keys, values, centres = pages.merged(
+            pooled.keys,
+            pooled.values,
+            pooled.centres,
             plan.rounds,
             plan.outputs,
             self.pooling,
             self.rotation,
         )
-        return Contents(*merged)
+        if centres is not None and slots.centres is not None:
+            centres = torch.cat([centres, slots.centres.gather(1, kept + first)], dim=1)
+        return keys, values, centres
 
-    def note(self, pages: BandPages, blocks: torch.Tensor, contents: Contents) -> None:
-        """Remember the centres of what is written into blocks."""
-        if contents.centres is None:
+    def note(self, pages: BandPages, blocks: torch.Tensor, centres: torch.Tensor | None) -> None:
+        """Remember the centres ``[layers * kv_heads, slots]`` of what is written into blocks."""
+        if centres is None:
             return
         size, heads, _ = pages.shape
-        rows = contents.centres.split(heads)
+        rows = centres.split(heads)
         for layer, own in zip(pages.layers, rows, strict=True):
             self.centres[layer][blocks] = own.reshape(heads, -1, size).transpose(0, 1)

@@ -28,16 +28,18 @@ POOLINGS: dict[type, int] = {Mean: merge.MEAN, Max: merge.MAX, Best: merge.BEST}
 LEVELS = 32
 """More levels than any request reaches."""
 
+FLOATS = np.dtype(np.float32)
+
 _rooms = threading.local()
 
 
-def scratch(dtype: np.dtype, elements: int) -> np.ndarray:
-    """Room of at least so many elements, the same memory at every call of a thread."""
+def scratch(dtype: np.dtype, *shape: int, purpose: str = "") -> np.ndarray:
+    """Room of this shape, for each purpose the same memory at every call of a thread."""
     held: dict[str, np.ndarray] = _rooms.__dict__
-    key = dtype.name
+    key, elements = f"{dtype.name} {purpose}", math.prod(shape)
     if key not in held or len(held[key]) < elements:
         held[key] = np.empty(elements, dtype)
-    return held[key]
+    return held[key][:elements].reshape(shape)
 
 
 class Runs(NamedTuple):
@@ -125,6 +127,7 @@ class CompiledBandPages(BandPages):
             tokens = torch.arange(size).expand(len(self.layers) * heads, size).contiguous()
             self.move(null, tokens, null)
         elif ranking:
+            self.read_slots(null)
             self.write(null, self.read_keys(null), self.read_values(null))
         elif pooling is not None:
             self.merge([0, 0], [Round(0, [0], [1])], [0], [0], pooling, None)
@@ -138,13 +141,25 @@ class CompiledBandPages(BandPages):
     def read_float_keys(self, blocks: torch.Tensor) -> torch.Tensor:
         # Valid until the next call: fresh memory of this size costs more than the reading.
         runs = self._key_runs
-        shape = self._shape_read(runs, blocks)
-        count = math.prod(shape)
-        out = scratch(np.dtype(np.float32), count)[:count].reshape(shape)
+        out = scratch(FLOATS, *self._shape_read(runs, blocks), purpose="keys")
         moves.read_numbers(
             *runs[:3], blocks.numpy(), runs.across, self._like, FORMATS[self._element], out
         )
         return self._as_elements(runs, torch.from_numpy(out))
+
+    def read_slots(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size, heads, dim = self.shape
+        found = []
+        for purpose, runs in (("keys", self._key_runs), ("values", self._value_runs)):
+            shape = (len(self.layers), heads, len(blocks) * size, dim)
+            out = scratch(FLOATS, *shape, purpose=purpose)
+            more = self._like, FORMATS[self._element], out
+            if runs.across:
+                moves.read_tokens_across(*runs[:4], blocks.numpy(), *more)
+            else:
+                moves.read_numbers(*runs[:3], blocks.numpy(), False, *more)
+            found.append(torch.from_numpy(out).flatten(0, 1))
+        return found[0], found[1]
 
     def squared_norms(self, blocks: torch.Tensor) -> torch.Tensor:
         runs = self._key_runs
@@ -173,8 +188,7 @@ class CompiledBandPages(BandPages):
                 per_line = 64 // self._like.itemsize
                 lines = (tokens.shape[1] + LANES) // per_line + 1
                 width = (lines | 1) * per_line
-                room = scratch(self._like.dtype, runs.starts.shape[1] * width)
-                room = room[: runs.starts.shape[1] * width].reshape(-1, width)
+                room = scratch(self._like.dtype, runs.starts.shape[1], width)
                 moves.move_across(*runs[:4], *arrays, room)
             else:
                 room = scratch(self._like.dtype, tokens.shape[1] * runs.length)
@@ -205,8 +219,6 @@ class CompiledBandPages(BandPages):
         size, heads, dim = self.shape
         rows = len(self.layers) * heads
         blocks = made + len(outputs) + 1
-        room = scratch(np.dtype(np.float32), blocks * dim * size)
-        picks = scratch(np.dtype(np.bool_), rows * made * size)
         common = (
             size,
             self._like,
@@ -217,9 +229,9 @@ class CompiledBandPages(BandPages):
             np.array(destinations, np.int64),
             POOLINGS[type(pooling)],
             *_turns(rotation if pooling.needs_rotation else None),
-            picks[: rows * made * size].reshape(rows, made, size),
-            scratch(self._like.dtype, dim * size)[: dim * size],
-            room[: blocks * dim * size].reshape(blocks, dim * size),
+            scratch(np.dtype(np.bool_), rows, made, size),
+            scratch(self._like.dtype, dim * size),
+            scratch(FLOATS, blocks, dim * size),
         )
         merge.merge_part(keys.part, True, *common)
         merge.merge_part(values.part, False, *common)

@@ -295,3 +295,31 @@ def read_numbers(
                     start = blocks[block] * page + starts[head, run]
                     row = out[layer, head, block * per_block + run * per_run]
                     decode(cache[start : start + length], format, row)
+
+
+@compiled
+def read_tokens_across(
+    caches: np.ndarray,
+    page: int,
+    starts: np.ndarray,
+    size: int,
+    blocks: np.ndarray,
+    like: np.ndarray,
+    format: Format,
+    out: np.ndarray,
+) -> None:
+    """Elements with a run a dimension as numbers ``[layers, kv_heads, n * size, head_dim]``."""
+    heads, dims = starts.shape
+    item = like.itemsize
+    for layer in range(caches.shape[0]):
+        cache = numba.carray(at_address(caches[layer]), (1 << 62,), dtype=like.dtype)
+        for head in range(heads):
+            for index in range(blocks.shape[0]):
+                ahead = blocks[min(index + 1, blocks.shape[0] - 1)] * page
+                rows = out[layer, head, index * size : (index + 1) * size]
+                for dim in range(dims):
+                    fetch(caches[layer] + (ahead + starts[head, dim]) * item, size * item)
+                    start = blocks[index] * page + starts[head, dim]
+                    run = cache[start : start + size]
+                    for token in range(size):
+                        rows[token, dim] = number(run[token], format)
