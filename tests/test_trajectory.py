@@ -60,6 +60,7 @@ def engines(draw: st.DrawFn) -> EngineOptions:
 
 def schedule_of(options: EngineOptions, longest: int = LONGEST) -> Schedule:
     return Schedule(
+        "knorm",
         options.phase,
         options.interval,
         options.prune_after,

@@ -19,7 +19,10 @@ def register() -> None:
     for, which is then refused: stock serving must not break because we are installed.
     """
     if problem_with_version() is None:
+        from vllm_kvcompress.input_check import wrap_process_inputs
+
         _register_spec()
+        wrap_process_inputs()
     _wrap_create_engine_config()
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from vllm.utils import torch_utils
 
-from vllm_kvcompress.methods import Method, ScoreContext, select_tokens
+from vllm_kvcompress.methods import MERGING, Method, ScoreContext, select_tokens
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.merger import Contents, Merger
@@ -54,10 +54,10 @@ class Compactor:
     ----------
     groups : mapping of int to Band
         Compressed groups by KV cache group index.
-    method : Method or None
-        Ranks tokens; ``None`` if all are merged.
+    methods : mapping of str to Method
+        What may rank tokens, by name; a plan says which one does.
     merger : Merger or None
-        ``None`` if nothing is merged.
+        ``None`` if no request may ask for merging.
     first_head, total_heads : int
         First KV head held by this worker and KV heads of the model.
     """
@@ -65,13 +65,13 @@ class Compactor:
     def __init__(
         self,
         groups: Mapping[int, Band],
-        method: Method | None,
+        methods: Mapping[str, Method],
         merger: Merger | None,
         first_head: int,
         total_heads: int,
     ) -> None:
         self.groups = groups
-        self.method = method
+        self.methods = methods
         self.merger = merger
         self.first_head = first_head
         self.total_heads = total_heads
@@ -101,10 +101,11 @@ class Compactor:
         destinations = torch_utils.async_tensor_h2d(plan.destinations, device, torch.int64)
         for pages in band.pages.slices(len(plan.sources)):
             # All reads come before the writes: a destination may be a source.
-            if self.merger is None:
-                contents = self._evict(plan, pages, sources, band.sinks)
+            if plan.method not in MERGING:
+                contents = self._evict(plan, pages, sources, plan.sinks)
             else:
-                contents = self._merge(plan, pages, sources, band.sinks)
+                assert self.merger is not None
+                contents = self._merge(plan, pages, sources, plan.sinks)
                 self.merger.note(pages, destinations, contents)
             pages.write(destinations, contents.keys, contents.values)
             if self.on_written is not None:
@@ -114,8 +115,7 @@ class Compactor:
     def _evict(
         self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, sinks: int
     ) -> Contents:
-        assert self.method is not None
-        if self.method.needs_keys:
+        if self.methods[plan.method].needs_keys:
             floats = pages.read_float_keys(sources)
         else:
             floats = pages.no_keys(len(plan.sources))
@@ -141,8 +141,7 @@ class Compactor:
         self, plan: CompactionPlan, pages: BandPages, floats: torch.Tensor, blocks: int, sinks: int
     ) -> torch.Tensor:
         """Tokens to keep in so many blocks, ``[layers * kv_heads, kept]``."""
-        assert self.method is not None
-        method = self.method
+        method = self.methods[MERGING.get(plan.method) or plan.method]
         layers = list(pages.layers)
         if method.same_for_all_layers:
             scores = method.score(floats, self._context(plan, layers[0]))

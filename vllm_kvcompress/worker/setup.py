@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCa
 
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
 from vllm_kvcompress.attention.holes import HoleCounts
-from vllm_kvcompress.bands import plan_bands
+from vllm_kvcompress.bands import largest_limits, plan_bands
 from vllm_kvcompress.methods import MERGING, METHODS, POOLINGS
 from vllm_kvcompress.methods.pooling import Rotation
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
@@ -79,6 +79,12 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
         sorted(eligible),
         longest=config.model_config.max_model_len,
     )
+    largest = largest_limits(
+        settings,
+        config.model_config.get_num_layers(config.parallel_config),
+        next(iter(specs.values())).block_size,
+        config.model_config.max_model_len,
+    )
     result = dict(specs)
     for band in bands:
         for layer in band.layers:
@@ -91,6 +97,7 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
                 phase=settings.phase,
                 interval=settings.interval,
                 prune_after=settings.prune_after,
+                largest=largest.get(band.index),
             )
     return result
 
@@ -204,7 +211,7 @@ def make_compactor(
         First KV head held by this worker and KV heads of the model.
     """
     ranking = MERGING.get(settings.method, settings.method)
-    method = METHODS[ranking](seed=settings.seed) if ranking is not None else None
+    methods = {name: method(seed=settings.seed) for name, method in METHODS.items()}
     merger = None
     if settings.method in MERGING:
         centres = None
@@ -217,7 +224,7 @@ def make_compactor(
                 for layer in band.pages.layers
             }
         merger = Merger(POOLINGS[settings.pooling](), rotation, centres)
-    return Compactor(groups, method, merger, first_head, total_heads)
+    return Compactor(groups, methods, merger, first_head, total_heads)
 
 
 def _check_groups(intended: dict[str, KVCacheSpec], groups: Sequence[KVCacheGroupSpec]) -> None:
