@@ -164,8 +164,8 @@ def _read(keys: dict[str, Any]) -> RequestSettings:
             f"unknown key {_shown(PREFIX + name)} (value {_shown(raw[name])}); allowed are "
             f"{allowed}."
         )
-    allowed = RequestSettings.model_fields[name].description
-    raise refusal(name, raw[name], f"it must be {allowed}")
+    meant = RequestSettings.model_fields[name].description
+    raise refusal(name, raw[name], f"it must be {meant}")
 
 
 def _with_changes(server: Settings, request: RequestSettings) -> Settings:

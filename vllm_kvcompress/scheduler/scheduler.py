@@ -12,10 +12,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_kvcompress.request import own_keys
 from vllm_kvcompress.scheduler.groups import check_groups
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
-from vllm_kvcompress.request import own_keys
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.requests import RequestSchedules
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
