@@ -61,7 +61,7 @@ from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.scheduler.region import Change, Region, levels_before
 from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
 from vllm_kvcompress.settings import Settings, parse_settings
-from vllm_kvcompress.worker.compactor import Band, Compactor
+from vllm_kvcompress.worker.compactor import Compactor
 from vllm_kvcompress.worker.pages import LayerPages
 from vllm_kvcompress.worker.setup import band_pages, make_compactor
 
@@ -169,7 +169,7 @@ class Pool:
         rotation = None
         if POOLINGS[settings.pooling].needs_rotation:
             rotation = Rotation(10000.0 ** (-torch.arange(0, dim, 2) / dim))
-        groups = {0: Band(self.pages, SINKS)}
+        groups = {0: self.pages}
         return make_compactor(settings, groups, self.blocks, rotation, 0, heads)
 
 
@@ -249,6 +249,8 @@ def plans_of(
             row_ids=[],
             holes=0,
             removed=step.old - step.kept,
+            method=settings.method,
+            sinks=SINKS,
             pooled=change.pooled,
             rounds=change.rounds,
             outputs=change.outputs,
@@ -285,6 +287,8 @@ def pair_plan(pool: Pool, pairs: int) -> CompactionPlan:
         row_ids=[],
         holes=0,
         removed=pairs,
+        method="merge",
+        sinks=0,
         pooled=2 * pairs,
         rounds=[Round(0, older, newer)],
         outputs=list(range(2 * pairs, 3 * pairs)),

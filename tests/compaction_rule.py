@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -57,17 +58,26 @@ class Compaction(NamedTuple):
         return self.position, self.group, len(self.read), self.written, removed
 
 
-def is_grid(options: EngineOptions, prompt: int, position: int) -> bool:
-    """Whether ``position`` is a place where compactions may happen."""
+def is_grid(options: EngineOptions, prompt: int, position: int, context: int | None) -> bool:
+    """Whether ``position`` is a place where compactions may happen.
+
+    A context is compacted as if it were the prompt; then come generated tokens only.
+    """
+    generated = options.phase == "decode"
+    if context is not None:
+        generated = position > context
+        prompt = prompt if generated else context
     beyond = position - prompt
-    if options.phase == "decode":
+    if generated:
         return beyond >= options.interval and beyond % options.interval == 0
     if beyond >= 0:
         return beyond % options.interval == 0
     return options.phase == "during_prefill" and position % options.interval == 0
 
 
-def expected_plans(options: EngineOptions, prompt: int, length: int) -> list[Compaction]:
+def expected_plans(
+    options: EngineOptions, prompt: int, length: int, context: int | None = None
+) -> list[Compaction]:
     """All compactions of a request on its way to ``length`` tokens, by the design's rule."""
     size = options.block_size
     base = ceil(prompt / size) if options.phase == "decode" else 0
@@ -75,16 +85,23 @@ def expected_plans(options: EngineOptions, prompt: int, length: int) -> list[Com
     last: list[Compaction | None] = [None] * len(options.limits)
     plans = []
     for position in range(1, length):
-        if position < options.prune_after or not is_grid(options, prompt, position):
+        if context is not None and position == context + 1:
+            base = ceil(prompt / size)  # From here on the prompt is left alone.
+            removed = [0] * len(options.limits)
+            last = [None] * len(options.limits)
+        if position < options.prune_after or not is_grid(options, prompt, position, context):
             continue
         for group, limits in enumerate(options.limits):
             if limits is None:
                 continue
+            if base:
+                limits = replace(limits, sinks=0)
             live = position - removed[group] - base * size
             old = max(0, live - limits.recent) // size
             rest = live - old * size
             if limits.budget is None:
-                kept = ceil((ceil(limits.ratio * position) - rest) / size)
+                share = ceil(limits.ratio * (position - base * size))
+                kept = ceil((share - rest) / size)
             elif live > limits.budget:
                 kept = (limits.budget - rest) // size
             else:

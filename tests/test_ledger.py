@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from compaction_rule import least_blocks
-from engine_stub import MAX_MODEL_LEN, EngineOptions, make_request, run_alone
+from engine_stub import MAX_MODEL_LEN, EngineOptions, Wishes, make_request, run_alone
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -96,6 +96,14 @@ def engines(draw: st.DrawFn) -> EngineOptions:
     )
 
 
+@st.composite
+def wishes_of_requests(draw: st.DrawFn) -> tuple[str, int, int, int | None]:
+    """Whether and how a request is compressed: kind, more blocks, ``prune_after``, context."""
+    kind = draw(st.sampled_from([*["as the server"] * 5, "own", "evict", "none"]))
+    context = draw(st.one_of(st.none(), st.none(), st.integers(1, 100)))
+    return kind, draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 20])), context
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Random arrivals, steps, late outputs, aborts and cache resets."""
 
@@ -111,16 +119,25 @@ class LedgerMachine(RuleBasedStateMachine):
         document=st.integers(0, 2),
         length=st.integers(1, 100),
         ending=st.sampled_from([0, 0, 3, 4]),
-        outputs=st.integers(1, 40),
+        outputs=st.one_of(st.integers(1, 40), st.integers(1, 40), st.integers(60, 110)),
         priority=st.integers(0, 2),
         copies=st.sampled_from([1, 1, 2, 4]),
+        wish=wishes_of_requests(),
     )
     def arrive(
-        self, document: int, length: int, ending: int, outputs: int, priority: int, copies: int
+        self,
+        document: int,
+        length: int,
+        ending: int,
+        outputs: int,
+        priority: int,
+        copies: int,
+        wish: tuple[str, int, int, int | None],
     ) -> None:
         self.ledger.seen["rules"] += 1
         while True:
-            bounds = self._bounds(length, length + outputs)
+            wishes = self._wishes(length, *wish)
+            bounds = self._bounds(wishes, length, length + outputs)
             if sum(bounds) < self.options.num_blocks:
                 break
             length, outputs = -(-length // 2), -(-outputs // 2)
@@ -128,12 +145,33 @@ class LedgerMachine(RuleBasedStateMachine):
         prompt[-1] = ending or prompt[-1]
         for _ in range(copies):
             request = make_request(self.options, str(self.count), prompt, outputs, priority)
-            self.ledger.add(request, bounds)
+            self.ledger.add(request, bounds, wishes)
             self.count += 1
 
-    def _bounds(self, prompt: int, length: int) -> list[int]:
+    def _wishes(
+        self, prompt: int, kind: str, blocks: int, prune_after: int, context: int | None
+    ) -> Wishes:
+        options = self.options
+        if kind != "as the server":
+            limits = [own and self._own(own, kind, blocks) for own in options.limits]
+            options = replace(options, limits=tuple(limits), prune_after=prune_after)
+            self.ledger.seen[f"requests that ask: {kind}"] += 1
+        fits = context is not None and options.phase != "decode" and kind != "none"
+        return Wishes(options, min(context, prompt) if fits else None)
+
+    def _own(self, limits: Limits, kind: str, blocks: int) -> Limits | None:
+        """Limits of a request that asks for others than the server's."""
+        if kind == "none":
+            return None
+        if limits.budget is not None:
+            limits = replace(limits, budget=limits.budget + blocks * limits.block_size)
+        else:
+            limits = replace(limits, ratio=Fraction(1 + 5 * blocks, 20))
+        return replace(limits, merging=None) if kind == "evict" else limits
+
+    def _bounds(self, wishes: Wishes, prompt: int, length: int) -> list[int]:
         """What the planner promises; the ledger checks that it keeps the promise."""
-        trajectory = Trajectory(self.ledger.planner.schedule, prompt)
+        trajectory = wishes.trajectory(prompt)
         return [trajectory.peak_blocks(g, length) for g in range(len(self.options.limits))]
 
     @rule(steps=st.integers(1, 12), lag=st.integers(0, 2))
@@ -175,7 +213,11 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         request = max(done, key=lambda r: r.num_preemptions)
         alone = run_alone(
-            self.options, self.ledger.texts, request.prompt_token_ids, request.num_output_tokens
+            self.options,
+            self.ledger.texts,
+            request.prompt_token_ids,
+            request.num_output_tokens,
+            self.ledger.wishes[request.request_id],
         )
         # Steps that were under way when the request stopped do not count.
         mine = self.ledger.histories[request.request_id]
@@ -202,11 +244,13 @@ def assert_saw_everything() -> None:
     """A campaign that never met a situation proves nothing about it."""
     situations = """
         plans, hits, clipped hits, replays, preemptions, waits, dropped plans, aborts, resets,
-        in place, in place once hashed, into fresh blocks, shared sources, larger than the pool
+        in place, in place once hashed, into fresh blocks, shared sources, larger than the pool,
+        contexts, generated after a context, requests that ask: own,
+        requests that ask: evict, requests that ask: none
     """
     of_every_kind = """
         plans, replays, preemptions, waits, dropped plans, in place, in place once hashed,
-        into fresh blocks, shared sources
+        into fresh blocks, shared sources, contexts, generated after a context
     """
     of_merging = "plans of pooled blocks, high levels, blocks left alone"
     wanted = names(situations)
@@ -346,6 +390,43 @@ def keep_less_under_pressure(patch: pytest.MonkeyPatch) -> None:
 def promise_too_little(patch: pytest.MonkeyPatch) -> None:
     bound = Trajectory.peak_blocks
     patch.setattr(Trajectory, "peak_blocks", lambda t, g, length: bound(t, g, length) - 1)
+
+
+def let_hits_pass_the_context(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Planner, "hit_limit", lambda planner, r: planner.state(r).trajectory.due - 1)
+
+
+def let_chunks_pass_the_context(patch: pytest.MonkeyPatch) -> None:
+    def stop(planner: Planner, request: Any, computed: int) -> int:
+        walk = planner.state(request).trajectory
+        walk.advance(computed)
+        return walk.due
+
+    patch.setattr(Planner, "stop", stop)
+
+
+def compact_the_prompt_again(patch: pytest.MonkeyPatch) -> None:
+    """Generated tokens together with what is left of the prompt."""
+    begin = Trajectory._begin
+
+    def from_the_start(walk: Trajectory, base: int) -> None:
+        begin(walk, base if walk.context_tokens is None else 0)
+
+    patch.setattr(Trajectory, "_begin", from_the_start)
+
+
+def protect_first_generated_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trajectory, "without_sinks", tuple)
+
+
+def take_the_servers_settings(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Wishes,
+        "trajectory",
+        lambda wishes, prompt: Trajectory(
+            Wishes(replace(wishes.options, prune_after=0)).schedule(), prompt, wishes.context
+        ),
+    )
 
 
 # -- and so where it merges ---------------------------------------------------------------
@@ -495,6 +576,17 @@ def keep_levels_of_the_preempted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Planner, "state", recall)
 
 
+def keep_levels_of_the_context(patch: pytest.MonkeyPatch) -> None:
+    begin = Trajectory._begin
+
+    def remember(walk: Trajectory, base: int) -> None:
+        levels = getattr(walk, "levels", None)
+        begin(walk, base)
+        walk.levels = levels or walk.levels
+
+    patch.setattr(Trajectory, "_begin", remember)
+
+
 def merge_sinks(patch: pytest.MonkeyPatch) -> None:
     merge = Trajectory._merge
 
@@ -577,8 +669,8 @@ MUTATIONS = {
     hash_in_groups_that_keep_all: "a block got a hash after the first compaction",
     keep_plans_of_the_preempted: "a plan for a request that does not run",
     keep_state_of_the_preempted: None,
-    let_hits_pass_the_first_compaction: "a hit reaches past a compaction",
-    let_hits_reach_the_first_compaction: "a hit reaches past a compaction",
+    let_hits_pass_the_first_compaction: "a hit reaches past",
+    let_hits_reach_the_first_compaction: "a hit reaches past",
     let_chunks_pass: "a chunk runs past a due compaction",
     skip_what_lacks_blocks: "due .*, sent ",
     wait_for_processed_tokens: "a compaction waits for no reason",
@@ -586,6 +678,11 @@ MUTATIONS = {
     lose_plans: "due .*, sent \\[\\]",
     keep_less_under_pressure: None,
     promise_too_little: "a request holds more than its bound",
+    let_hits_pass_the_context: "a hit reaches past N",
+    let_chunks_pass_the_context: "a chunk runs past the context",
+    compact_the_prompt_again: None,
+    protect_first_generated_tokens: None,
+    take_the_servers_settings: "due .*, sent |a compaction that is not due",
 }
 """Ways to break the rules of the design, and what the machine says where it is always the same."""
 
@@ -602,6 +699,7 @@ MERGING_MUTATIONS = {
     swap_older_and_newer: "wrong contents",
     forget_levels_between_compactions: None,
     keep_levels_of_the_preempted: None,
+    keep_levels_of_the_context: None,
     merge_sinks: "wrong contents|wrong blocks are read",
     pool_as_much_as_ever: None,
     number_blocks_as_in_the_region: None,

@@ -147,7 +147,7 @@ class Held:
         engine.runner._rewrite_row = self._note
 
     def _follow(self, plan: Any) -> None:
-        pages = self._runner.kvcompress.compactor.groups[plan.group].pages
+        pages = self._runner.kvcompress.compactor.groups[plan.group]
         slots = pages.read_keys(torch.tensor(plan.sources))
         self._run(plan)
         made = pages.read_keys(torch.tensor(plan.destinations))
@@ -183,7 +183,7 @@ class Held:
         self._rewrite(plan, holes)
         row = self._runner.requests[plan.request_id].block_ids[plan.group]
         blocks = [b for b, last in zip(row, [None, *row], strict=False) if b and b != last]
-        pages = self._runner.kvcompress.compactor.groups[plan.group].pages
+        pages = self._runner.kvcompress.compactor.groups[plan.group]
         for layer in pages.layers:
             slots = torch.cat([self._blocks[plan.group, layer, b] for b in blocks], dim=1)
             missing = -plan.position % BLOCK

@@ -29,7 +29,7 @@ class Desk:
     def __init__(self, blocks: int, *limits: Limits | None, **schedule: Any) -> None:
         self.pool = BlockPool(blocks, enable_caching=True, hash_block_size=SIZE)
         self.requests: dict[str, Any] = {}
-        settings = {"phase": "after_prefill", "interval": 4, "prune_after": 0}
+        settings = {"method": "knorm", "phase": "after_prefill", "interval": 4, "prune_after": 0}
         self.planner = Planner(
             Schedule(**(settings | schedule), limits=limits, block_size=SIZE, max_position=1000),
             self.requests,
@@ -152,6 +152,8 @@ def test_plan_of_two_compactions() -> None:
             row_ids=[0, 0, 0, before[0]],
             holes=3,
             removed=3,
+            method="knorm",
+            sinks=0,
             end=16,
         )
     ]
@@ -296,6 +298,8 @@ def test_plans_that_merge_all_but_the_sinks(count: bool) -> None:
         row_ids=[0] * (0 if count else 5) + [b[0], *merged, *b[9:12]],
         holes=0 if count else 5,
         removed=5,
+        method="knorm",
+        sinks=4,
         pooled=8,
         # As in the trajectory, but for what is made: 8 blocks are given, not 11.
         rounds=[Round(0, [0, 2, 4, 6], [1, 3, 5, 7]), Round(1, [8], [9])],
@@ -317,6 +321,8 @@ def test_plans_that_merge_all_but_the_sinks(count: bool) -> None:
         row_ids=[0] * (0 if count else 2) + [b[0], *merged, b[11], b[12], b[13]],
         holes=0 if count else 7,
         removed=2,
+        method="knorm",
+        sinks=4,
         pooled=4,
         rounds=[Round(0, [2], [3]), Round(1, [0], [1])],
         outputs=[5, 4],
@@ -345,6 +351,8 @@ def test_plans_that_merge_what_ranking_leaves_over(count: bool) -> None:
         row_ids=[0] * (0 if count else 5) + merged + b[4:7],
         holes=0 if count else 5,
         removed=5,
+        method="knorm",
+        sinks=0,
         pooled=0,
         rounds=[Round(0, [0, 2, 4, 6], [1, 3, 5, 7]), Round(1, [9], [10])],
         outputs=[13, 11, 12, 8],
@@ -364,6 +372,8 @@ def test_plans_that_merge_what_ranking_leaves_over(count: bool) -> None:
         row_ids=[0] * (0 if count else 2) + merged + b[4:7],
         holes=0 if count else 7,
         removed=2,
+        method="knorm",
+        sinks=0,
         pooled=3,
         rounds=[Round(0, [2], [3]), Round(1, [0], [1])],
         outputs=[6, 5, 4],

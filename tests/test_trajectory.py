@@ -60,6 +60,7 @@ def engines(draw: st.DrawFn) -> EngineOptions:
 
 def schedule_of(options: EngineOptions, longest: int = LONGEST) -> Schedule:
     return Schedule(
+        "knorm",
         options.phase,
         options.interval,
         options.prune_after,
@@ -69,9 +70,11 @@ def schedule_of(options: EngineOptions, longest: int = LONGEST) -> Schedule:
     )
 
 
-def walk(options: EngineOptions, prompt: int, length: int) -> list[Compaction]:
+def walk(
+    options: EngineOptions, prompt: int, length: int, context: int | None = None
+) -> list[Compaction]:
     """Compactions before ``length`` tokens, met by stopping wherever one is due."""
-    trajectory = Trajectory(schedule_of(options), prompt)
+    trajectory = Trajectory(schedule_of(options), prompt, context)
     plans = []
     while trajectory.due < length:
         trajectory.advance(trajectory.due)
@@ -105,27 +108,40 @@ def compaction_of(trajectory: Trajectory, group: int, step: Step) -> Compaction:
     )
 
 
-lengths = {"prompt": st.integers(1, 300), "outputs": st.integers(1, 200)}
+lengths = {
+    "prompt": st.integers(1, 300),
+    "outputs": st.integers(1, 200),
+    "part": st.one_of(st.none(), st.integers(1, 300)),
+}
+
+
+def context_of(options: EngineOptions, prompt: int, part: int | None) -> int | None:
+    """A context of any length that the prompt has room for."""
+    return None if part is None or options.phase == "decode" else min(part, prompt)
 
 
 @settings(max_examples=1000, deadline=None)
 @given(options=engines(), **lengths)
-def test_follows_the_rule(options: EngineOptions, prompt: int, outputs: int) -> None:
-    length = prompt + outputs
-    assert walk(options, prompt, length) == expected_plans(options, prompt, length)
+def test_follows_the_rule(
+    options: EngineOptions, prompt: int, outputs: int, part: int | None
+) -> None:
+    length, context = prompt + outputs, context_of(options, prompt, part)
+    expected = expected_plans(options, prompt, length, context)
+    assert walk(options, prompt, length, context) == expected
 
 
 @settings(max_examples=300, deadline=None)
 @given(options=engines(), data=st.data(), **lengths)
 def test_does_not_depend_on_where_it_is_asked(
-    options: EngineOptions, data: st.DataObject, prompt: int, outputs: int
+    options: EngineOptions, data: st.DataObject, prompt: int, outputs: int, part: int | None
 ) -> None:
-    trajectory = Trajectory(schedule_of(options), prompt)
+    context = context_of(options, prompt, part)
+    trajectory = Trajectory(schedule_of(options), prompt, context)
     length = prompt + outputs
     for position in sorted(data.draw(st.lists(st.integers(0, length), max_size=8))):
         trajectory.advance(position)
         removed = [0] * len(options.limits)
-        for plan in expected_plans(options, prompt, position + 1):
+        for plan in expected_plans(options, prompt, position + 1, context):
             removed[plan.group] += plan.old - plan.kept
         assert trajectory.removed == removed
         assert trajectory.due > position
@@ -134,19 +150,23 @@ def test_does_not_depend_on_where_it_is_asked(
 @settings(max_examples=1000, deadline=None)
 @given(options=engines(), **lengths)
 def test_no_group_holds_more_than_its_bound(
-    options: EngineOptions, prompt: int, outputs: int
+    options: EngineOptions, prompt: int, outputs: int, part: int | None
 ) -> None:
-    length = prompt + outputs
-    plans = expected_plans(options, prompt, length)
-    trajectory = Trajectory(schedule_of(options), prompt)
+    length, context = prompt + outputs, context_of(options, prompt, part)
+    plans = expected_plans(options, prompt, length, context)
+    trajectory = Trajectory(schedule_of(options), prompt, context)
+    past = Trajectory(schedule_of(options), prompt, context)
+    past.advance(context or 0)
     for group, limits in enumerate(options.limits):
-        most = held = 0
+        most = held = after = 0
         for position in range(1, length + 1):
             held += (position - 1) % options.block_size == 0
             most = max(most, held)
+            after = max(after, held) if position > (context or 0) else 0
             held -= sum(p.old - p.kept for p in plans if p[:2] == (position, group))
         assert most <= trajectory.peak_blocks(group, length)
-        if options.phase == "during_prefill" and limits is not None:
+        assert after <= past.peak_blocks(group, length), "asked once the context is compact"
+        if context is None and options.phase == "during_prefill" and limits is not None:
             schedule = schedule_of(options, length)
             tokens = peak_tokens(schedule, limits, length)
             assert most <= -(-tokens // options.block_size), (
@@ -245,3 +265,98 @@ def test_sinks_stay_unpooled_whatever_the_share() -> None:
     assert step.pooled is not None
     assert step.pooled.ranked - step.pooled.fresh == 22
     assert len(step.pooled.merges.order) == 6
+
+
+def steps_of(trajectory: Trajectory, length: int) -> list[tuple[int, int, int]]:
+    """Position, old and kept blocks of every compaction of the first group."""
+    steps = []
+    while trajectory.due < length:
+        trajectory.advance(trajectory.due)
+        steps.append((trajectory.position, *trajectory.steps[0][:2]))
+    return steps
+
+
+def test_context_is_compacted_where_it_ends_and_the_question_never() -> None:
+    limits = Limits(16, None, sinks=4, recent=0, block_size=4)
+    options = EngineOptions((limits, None), block_size=4, interval=8)
+    trajectory = Trajectory(schedule_of(options), 37, context_tokens=30)
+    assert trajectory.due == 30
+    # 8 blocks are the most of the context. 37 tokens have 10 blocks, at least 3 of which go;
+    # generated tokens take 16 + 8.
+    assert trajectory.peak_blocks(0, 30) == 8
+    assert trajectory.peak_blocks(0, 70) == 10 - 3 + 6
+    assert trajectory.peak_blocks(1, 70) == 18
+
+    trajectory.advance(30)
+    # 30 tokens: 7 full blocks and 2 beside, so 3 fit the budget of 16.
+    assert trajectory.steps == {0: Step(7, 3)}
+    assert (trajectory.base, trajectory.limits) == (0, (limits, None))
+    assert trajectory.first_entry(0, holes=0) == 0
+    assert trajectory.peak_blocks(0, 70) == 10 - 4 + 6
+    # Of generated tokens the first 3 lie in the question's last block. At 45 and 53 there are
+    # 5 and 13 others, at 61 21: 5 blocks and 1 beside, so 3 fit.
+    assert trajectory.due == 61
+    trajectory.advance(60)
+    assert trajectory.position == 30
+    trajectory.advance(61)
+    assert trajectory.steps == {0: Step(5, 3)}
+    assert trajectory.removed == [6, 0]
+    assert (trajectory.base, trajectory.below) == (10, [4, 0])
+    assert trajectory.first_entry(0, holes=4) == 10
+    assert trajectory.blocks_before(0, 61) == 12
+    own = trajectory.limits[0]
+    assert own is not None and own.sinks == 0
+
+
+def test_context_in_chunks() -> None:
+    """The grid of during_prefill ends with the context: 32, 40 and so on are the question's."""
+    limits = Limits(16, None, sinks=0, recent=0, block_size=4)
+    options = EngineOptions((limits,), block_size=4, interval=8, phase="during_prefill")
+    walk = Trajectory(schedule_of(options), 60, context_tokens=30)
+    # At 30 there are 22 tokens: 5 blocks and 2 beside. The prompt has 15 blocks; at 84 there
+    # are 24 generated tokens after them.
+    assert steps_of(walk, 90) == [(24, 6, 4), (30, 5, 3), (84, 6, 4)]
+
+
+def test_share_of_a_context_and_of_what_is_generated() -> None:
+    limits = Limits(None, Fraction(1, 2), sinks=0, recent=0, block_size=4)
+    options = EngineOptions((limits,), block_size=4, interval=8)
+    walk = Trajectory(schedule_of(options), 40, context_tokens=32)
+    assert steps_of(walk, 60) == [(32, 8, 4), (48, 2, 1), (56, 3, 2)]
+
+
+@pytest.mark.parametrize("context", [1, 7, 8])
+def test_context_that_is_short_enough_stays(context: int) -> None:
+    limits = Limits(8, None, sinks=0, recent=0, block_size=4)
+    options = EngineOptions((limits,), block_size=4, interval=4)
+    walk = Trajectory(schedule_of(options), 30, context_tokens=context)
+    # 30 tokens have 8 blocks; at 42 there are 10 more tokens, 2 blocks and 2 beside.
+    assert steps_of(walk, 44) == [(42, 2, 1)]
+
+
+def test_context_that_is_the_whole_prompt() -> None:
+    """As without it, but that what is generated compacts by itself."""
+    limits = Limits(8, None, sinks=0, recent=0, block_size=4)
+    options = EngineOptions((limits,), block_size=4, interval=4)
+    assert steps_of(Trajectory(schedule_of(options), 32), 42) == [
+        (32, 8, 2),
+        (36, 3, 2),
+        (40, 3, 2),
+    ]
+    walk = Trajectory(schedule_of(options), 32, context_tokens=32)
+    assert steps_of(walk, 48) == [(32, 8, 2), (44, 3, 2)]
+
+
+def test_levels_of_what_is_generated_begin_anew() -> None:
+    limits = Limits(32, None, sinks=4, recent=0, block_size=4, merging=ALL)
+    options = EngineOptions((limits,), block_size=4, interval=8)
+    trajectory = Trajectory(schedule_of(options), 56, context_tokens=50)
+    trajectory.advance(50)
+    assert trajectory.levels == [[3, 2, 1]]
+    trajectory.advance(trajectory.due)
+    # At 96 there are 40 tokens after the 14 blocks of the prompt: 10 blocks become 8, none
+    # of them of sinks.
+    assert trajectory.position == 96
+    pooled = trajectory.steps[0].pooled
+    assert pooled is not None
+    assert (pooled.lead, pooled.before, pooled.fresh, pooled.exact) == (0, [], 10, 10)

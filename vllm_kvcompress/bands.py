@@ -86,7 +86,7 @@ class Limits:
         beside = self.sink_blocks if self.merging.share is None else max(1, self.sink_blocks)
         return beside + self.pooled_at_least(position)
 
-    def blocks_kept(self, live: int, position: int) -> tuple[int, int]:
+    def blocks_kept(self, live: int, position: int, base: int = 0) -> tuple[int, int]:
         """Full blocks that take part in a compaction, and how many of them stay.
 
         Parameters
@@ -95,6 +95,9 @@ class Limits:
             Tokens in the cache that may be compressed.
         position : int
             Tokens of the request computed so far, including removed ones.
+        base : int
+            First tokens of the request that compression leaves alone; ``ratio`` is a share of
+            the others.
 
         Returns
         -------
@@ -108,8 +111,16 @@ class Limits:
             kept = (self.budget - untouched) // size if live > self.budget else old
         else:
             assert self.ratio is not None
-            kept = -((untouched - ceil(self.ratio * position)) // size)
+            kept = -((untouched - ceil(self.ratio * (position - base))) // size)
         return old, max(kept, self.least(position))
+
+    def most_left(self, position: int, base: int = 0) -> int:
+        """Upper bound of the tokens that a chance to compact leaves; as :meth:`blocks_kept`."""
+        if self.budget is not None:
+            return self.budget
+        assert self.ratio is not None
+        least = self.least(position) * self.block_size
+        return ceil(self.ratio * (position - base)) + self.recent + self.block_size + least
 
     def peak(self, position: int, first: int, interval: int) -> int:
         """Upper bound of the tokens held at once on the way to ``position``.
@@ -125,13 +136,7 @@ class Limits:
         """
         if position <= first:
             return position
-        if self.budget is not None:
-            after = self.budget + interval
-        else:
-            assert self.ratio is not None
-            least = self.least(position) * self.block_size
-            after = ceil(self.ratio * position) + self.recent + self.block_size + least + interval
-        return min(position, max(first, after))
+        return min(position, max(first, self.most_left(position) + interval))
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,36 @@ def plan_bands(
     if skipped:
         bands.append(Band(-1, kept_whole, None))
     return bands
+
+
+def largest_limits(
+    settings: Settings, num_layers: int, block_size: int, longest: int
+) -> dict[int, Limits | None]:
+    """Limits of the largest budget that a request may ask for, by band; empty if none is set.
+
+    Parameters
+    ----------
+    settings : Settings
+        The server's.
+    num_layers, block_size, longest : int
+        As for :func:`plan_bands`.
+
+    Raises
+    ------
+    SettingsError
+        If that budget does not leave every band room.
+    """
+    if settings.max_budget is None:
+        return {}
+    changed = settings.model_copy(update={"budget": settings.max_budget, "keep_ratio": None})
+    try:
+        bands = plan_bands(changed, num_layers, block_size, longest=longest)
+    except SettingsError as error:
+        reason = str(error).removeprefix("kvcompress: ")
+        raise SettingsError(
+            f"kvcompress: max_budget={settings.max_budget} is not allowed: {reason}"
+        ) from None
+    return {band.index: band.limits for band in bands}
 
 
 def group_layout(bucket_sizes: Sequence[int]) -> tuple[int, int, float]:

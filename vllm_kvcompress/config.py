@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_kvcompress.bands import plan_bands
+from vllm_kvcompress.bands import largest_limits, plan_bands
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 
 logger = init_logger("vllm.kvcompress")
@@ -122,6 +122,7 @@ def _check_bands(config: VllmConfig, settings: Settings) -> None:
     block_size = config.cache_config.block_size
     num_layers = config.model_config.get_num_layers(config.parallel_config)
     bands = plan_bands(settings, num_layers, block_size, longest=config.model_config.max_model_len)
+    largest_limits(settings, num_layers, block_size, config.model_config.max_model_len)
     if len(bands) > 1 and config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise SettingsError(
             f"kvcompress: {len(bands)} bands need a KV cache group each, which "

@@ -46,6 +46,12 @@ class Settings(BaseModel):
         description="Tokens a request may keep per layer in band 0 "
         f"(default {DEFAULT_BUDGET} unless keep_ratio is set).",
     )
+    max_budget: int | None = Field(
+        None,
+        ge=1,
+        description="Largest budget that a request may ask for (default: any, but the server's "
+        "own with phase=during_prefill, where the pool is sized by it).",
+    )
     keep_ratio: float | None = Field(
         None,
         gt=0,
@@ -129,6 +135,12 @@ class Settings(BaseModel):
                 f"keep_ratio ({self.keep_ratio}) is a share of the prompt, which phase=decode "
                 "leaves alone; set budget instead"
             )
+        own = self.token_budget
+        if self.max_budget is not None and own is not None and self.max_budget < own:
+            raise ValueError(
+                f"max_budget ({self.max_budget}) is less than budget ({own}); requests that ask "
+                "for nothing would get more than a request may ask for"
+            )
         if self.method not in MERGING:
             for name in ("pooling", "merge_weighting"):
                 if name in self.model_fields_set:
@@ -149,6 +161,18 @@ class Settings(BaseModel):
         if self.keep_ratio is not None:
             return None
         return DEFAULT_BUDGET if self.budget is None else self.budget
+
+    @property
+    def largest_budget(self) -> int | None:
+        """Largest budget that a request may ask for, ``None`` if any."""
+        if self.max_budget is None and self.phase == "during_prefill":
+            return self.token_budget
+        return self.max_budget
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that a request may ask for: what merges needs more than its name."""
+        return (*METHODS, *([self.method] if self.method in MERGING else []))
 
 
 def parse_settings(raw: Any) -> Settings:

@@ -42,6 +42,10 @@ class CompactionPlan:
         Null blocks at the start of the row from now on.
     removed : int
         Blocks that the request gave up.
+    method : str
+        Method of the request.
+    sinks : int
+        First tokens of the ranked sources that stay whatever their score.
     pooled : int
         How many of the sources are pooled without ranking.
     rounds : list of Round
@@ -65,6 +69,8 @@ class CompactionPlan:
     row_ids: list[int]
     holes: int
     removed: int
+    method: str
+    sinks: int
     pooled: int = 0
     rounds: list[Round] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm.v1.core.block_pool import BlockPool
@@ -77,17 +77,25 @@ class Planner:
     Parameters
     ----------
     schedule : Schedule
-        When to compact and the limits of each KV cache group.
+        When to compact and the limits of each KV cache group, by the server's settings.
     requests : mapping of str to Request
         The scheduler's requests (its own dict, not a copy).
     block_pool : BlockPool
         The pool all groups draw on.
+    trajectory_of : callable or None
+        Trajectory of a request that has not begun; ``None`` if the server's settings are
+        every request's.
     """
 
     def __init__(
-        self, schedule: Schedule, requests: Mapping[str, Request], block_pool: BlockPool
+        self,
+        schedule: Schedule,
+        requests: Mapping[str, Request],
+        block_pool: BlockPool,
+        trajectory_of: Callable[[Request], Trajectory] | None = None,
     ) -> None:
         self.schedule = schedule
+        self.trajectory_of = trajectory_of or self._as_the_server
         self.requests = requests
         self.block_pool = block_pool
         self.totals = Totals()
@@ -98,12 +106,15 @@ class Planner:
         """State of a request, made on first use and after every preemption."""
         state = self._states.get(request.request_id)
         if state is None:
-            trajectory = Trajectory(self.schedule, request.num_prompt_tokens)
+            trajectory = self.trajectory_of(request)
             # The prompt of a streaming session grows: it has no trajectory of its own.
             if request.resumable:
                 trajectory.due = NEVER
             state = self._states[request.request_id] = RequestState(trajectory)
         return state
+
+    def _as_the_server(self, request: Request) -> Trajectory:
+        return Trajectory(self.schedule, request.num_prompt_tokens)
 
     def drop(self, request_id: str) -> None:
         """Forget a request that was finished, aborted or preempted, and its open plans."""
@@ -120,11 +131,14 @@ class Planner:
         trajectory = self.state(request).trajectory
         if trajectory.due <= computed:
             trajectory.advance(computed)
-        return trajectory.due
+        context = trajectory.context_tokens
+        # Also where nothing of the context is removed.
+        return min(trajectory.due, context if context and computed < context else NEVER)
 
     def hit_limit(self, request: Request) -> int:
-        """Longest prefix-cache hit that does not reach past the first compaction."""
-        return self.state(request).trajectory.due - 1
+        """Longest prefix-cache hit that does not reach past context or first compaction."""
+        trajectory = self.state(request).trajectory
+        return min(trajectory.due - 1, trajectory.context_tokens or NEVER)
 
     def is_blocked(self, group: int, request_id: str) -> bool:
         """Whether a due compaction of this group still waits for blocks."""
@@ -192,14 +206,15 @@ class Planner:
             return
         if group not in state.open_groups(computed):
             return
-        step = state.trajectory.steps[group]
+        trajectory = state.trajectory
+        step, limits = trajectory.steps[group], trajectory.limits[group]
         freed, size = step.old - step.kept, self.schedule.block_size
-        limits = self.schedule.limits[group]
-        listed = limits is not None and limits.merging is not None and limits.merging.count
+        assert limits is not None, "a group that keeps every token compacts"
+        listed = limits.merging is not None and limits.merging.count
         # A row that lists pooled blocks several times keeps its length without holes.
-        new_holes = 0 if listed else state.trajectory.removed[group]
+        new_holes = 0 if listed else trajectory.removed[group]
         holes = 0 if listed else new_holes - freed
-        first = holes + state.trajectory.base
+        first = trajectory.first_entry(group, holes)
         before = Region.of_row(row, first, levels_before(step), listed)
         change = Change.of_step(before, step)
         references = before.references()
@@ -224,11 +239,13 @@ class Planner:
                 row_ids=[block.block_id for block in entries],
                 holes=new_holes,
                 removed=freed,
+                method=trajectory.schedule.method,
+                sinks=limits.sinks,
                 pooled=change.pooled,
                 rounds=change.rounds,
                 outputs=change.outputs,
                 exact=step.pooled.exact if step.pooled and step.pooled.ranked else 0,
-                end=(state.trajectory.base + state.trajectory.removed[group] + step.kept) * size,
+                end=(trajectory.blocks_before(group, computed) + step.kept) * size,
             )
         )
         self.totals.requests += not state.started

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from vllm_kvcompress.levels import Round
-from vllm_kvcompress.scheduler.trajectory import Step
+from vllm_kvcompress.scheduler.steps import Step
 
 
 @dataclass

@@ -12,12 +12,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_kvcompress.request import own_keys
 from vllm_kvcompress.scheduler.groups import check_groups
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
 from vllm_kvcompress.scheduler.planner import Planner
-from vllm_kvcompress.scheduler.trajectory import Schedule
-from vllm_kvcompress.settings import CONFIG_KEY, parse_settings
+from vllm_kvcompress.scheduler.requests import RequestSchedules
+from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
+from vllm_kvcompress.settings import CONFIG_KEY, SettingsError, parse_settings
 
 logger = init_logger("vllm.kvcompress")
 
@@ -38,6 +41,15 @@ class KVCompressSchedulerMixin(Scheduler):
             Schedule.of(settings, limits, self.block_size, self.max_model_len),
             self.requests,
             self.kv_cache_manager.block_pool,
+            self._trajectory_of,
+        )
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        self._request_schedules = RequestSchedules(
+            settings,
+            [spec.band if isinstance(spec, CompressedAttentionSpec) else -1 for spec in specs],
+            self.vllm_config.model_config.get_num_layers(self.vllm_config.parallel_config),
+            self.block_size,
+            self.max_model_len,
         )
         self._kvcompress_method = settings.method
         self._logged_compactions = 0
@@ -55,6 +67,32 @@ class KVCompressSchedulerMixin(Scheduler):
                 cache_blocks(request, num_computed_tokens)
 
         coordinator.cache_blocks = cache_exact_blocks
+
+    def _trajectory_of(self, request: Request) -> Trajectory:
+        """When a request compacts: as the server's settings say, or its own.
+
+        The API process has refused what cannot be used. Who comes here without passing it gets
+        the server's settings instead of an error that would end the engine.
+        """
+        params, prompt = request.sampling_params, request.num_prompt_tokens
+        extra_args = params.extra_args if params is not None else None
+        if own_keys(extra_args):
+            schedules = self._request_schedules
+            try:
+                trajectory = schedules.trajectory(prompt, extra_args)
+            except SettingsError as error:
+                logger.warning("kvcompress: request %s: %s", request.request_id, error)
+            else:
+                most = schedules.most_blocks(trajectory, prompt + request.max_tokens)
+                if most < self.kv_cache_manager.block_pool.num_gpu_blocks:
+                    return trajectory
+                logger.warning(
+                    "kvcompress: request %s would never fit the pool with its own settings "
+                    "(%d blocks) and gets the server's.",
+                    request.request_id,
+                    most,
+                )
+        return Trajectory(self.kvcompress.schedule, prompt)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step and attach the compactions that must run before its forward."""

@@ -29,6 +29,9 @@ class CompressedAttentionSpec(FullAttentionSpec):
         ``None`` for layers that keep every token.
     phase, interval, prune_after
         As in the settings; they decide the peak of a request.
+    largest : Limits or None
+        Limits with the largest budget that a request may ask for, where that is not the
+        server's own.
     """
 
     band: int
@@ -36,6 +39,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
     phase: Phase
     interval: int
     prune_after: int
+    largest: Limits | None = None
 
     @classmethod
     def from_full(cls, spec: FullAttentionSpec, **added: object) -> CompressedAttentionSpec:
@@ -58,6 +62,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
         tokens = vllm_config.model_config.max_model_len
         if self.limits is not None and self.phase == "during_prefill":
             schedule = Schedule(
+                method="",
                 phase=self.phase,
                 interval=self.interval,
                 prune_after=self.prune_after,
@@ -65,5 +70,6 @@ class CompressedAttentionSpec(FullAttentionSpec):
                 block_size=self.block_size,
                 max_position=tokens,
             )
-            tokens = peak_tokens(schedule, self.limits, tokens)
+            largest = self.largest or self.limits
+            tokens = max(peak_tokens(schedule, own, tokens) for own in (self.limits, largest))
         return cdiv(tokens, self.block_size) * self.page_size_bytes

@@ -7,11 +7,12 @@ replayed request walks the same trajectory again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from vllm_kvcompress.bands import Limits
-from vllm_kvcompress.levels import Merges, plan_merges
+from vllm_kvcompress.levels import plan_merges
+from vllm_kvcompress.scheduler.steps import Pooled, Step
 from vllm_kvcompress.settings import Phase, Settings
 
 NEVER = 1 << 62
@@ -19,10 +20,11 @@ NEVER = 1 << 62
 
 
 class Schedule(NamedTuple):
-    """The server's settings that decide when requests compact.
+    """The settings that decide when a request compacts: the server's, or the request's own.
 
     Attributes
     ----------
+    method : str
     phase : str
         ``after_prefill``, ``during_prefill`` or ``decode``.
     interval : int
@@ -36,6 +38,7 @@ class Schedule(NamedTuple):
         Longest request, in tokens.
     """
 
+    method: str
     phase: Phase
     interval: int
     prune_after: int
@@ -51,8 +54,9 @@ class Schedule(NamedTuple):
         block_size: int,
         max_position: int,
     ) -> Schedule:
-        """The schedule that a server's settings make with its groups' limits."""
+        """The schedule that settings make with the limits of the groups."""
         return cls(
+            method=settings.method,
             phase=settings.phase,
             interval=settings.interval,
             prune_after=settings.prune_after,
@@ -62,57 +66,27 @@ class Schedule(NamedTuple):
         )
 
 
-class Pooled(NamedTuple):
-    """What a compaction merges in one group.
-
-    Attributes
-    ----------
-    lead : int
-        Blocks before the pooled ones that are left alone (sinks).
-    before : list of int
-        Number of pooled blocks by level before this compaction.
-    fresh : int
-        Blocks' worth of tokens that join the pooled ones at level 0: blocks that left the
-        recent window, or tokens that ranking leaves over.
-    ranked : int
-        Blocks whose tokens are ranked by a score, after the pooled ones; 0 if none are.
-    exact : int
-        Latest of the old blocks that no compaction has written yet.
-    merges : Merges
-        Over the pooled blocks and, after them, the fresh ones.
-    """
-
-    lead: int
-    before: list[int]
-    fresh: int
-    ranked: int
-    exact: int
-    merges: Merges
-
-    @property
-    def stored(self) -> int:
-        """How many of the blocks that may merge are blocks of the request already."""
-        return sum(self.before) + (0 if self.ranked else self.fresh)
-
-
-class Step(NamedTuple):
-    """One group's part in a compaction: its ``old`` oldest blocks become ``kept``."""
-
-    old: int
-    kept: int
-    pooled: Pooled | None = None
-
-
 @dataclass
 class Trajectory:
     """The compactions of one request, in order of position.
+
+    A request with a context compacts twice over: the context as a prompt of its own, and the
+    generated tokens among themselves. What is left of the context, and the rest of the prompt,
+    then stay as they are.
 
     Attributes
     ----------
     schedule : Schedule
     prompt_tokens : int
+    context_tokens : int or None
+        First tokens of the prompt that are compressed before the others are computed.
     base : int
-        Leading blocks that are never compacted (the prompt in the decode phase).
+        Leading entries of the row that the compaction at ``position`` leaves alone: those of
+        the prompt in the decode phase, and after the compactions of the context.
+    below : list of int
+        Blocks removed from within these entries, per group.
+    limits : tuple of (Limits or None)
+        Those of the schedule; generated tokens after a context have no sinks.
     position : int
         Position of the compaction under way or just done.
     steps : dict of int to Step
@@ -129,7 +103,10 @@ class Trajectory:
 
     schedule: Schedule
     prompt_tokens: int
+    context_tokens: int | None = None
     base: int = field(init=False)
+    below: list[int] = field(init=False)
+    limits: tuple[Limits | None, ...] = field(init=False)
     position: int = field(init=False, default=0)
     steps: dict[int, Step] = field(init=False, default_factory=dict)
     removed: list[int] = field(init=False)
@@ -138,12 +115,16 @@ class Trajectory:
     due: int = field(init=False)
 
     def __post_init__(self) -> None:
-        decode = self.schedule.phase == "decode"
-        self.base = -(-self.prompt_tokens // self.schedule.block_size) if decode else 0
-        self.removed = [0] * len(self.schedule.limits)
-        self.levels = [[] for _ in self.schedule.limits]
-        self.written = [0] * len(self.schedule.limits)
+        count = len(self.schedule.limits)
+        self.removed = [0] * count
+        self._begin(self.prompt_blocks if self.schedule.phase == "decode" else 0)
+        self.limits = self.schedule.limits
         self.due = self._next_due(0)
+
+    @property
+    def prompt_blocks(self) -> int:
+        """Blocks of the prompt, a last one that is not full included."""
+        return -(-self.prompt_tokens // self.schedule.block_size)
 
     def advance(self, computed: int) -> None:
         """Walk on to the compaction at ``computed`` tokens, if there is one.
@@ -154,36 +135,83 @@ class Trajectory:
             Tokens of the request whose keys and values are in the cache.
         """
         while self.due <= computed:
+            if self._leaves_context(self.due):
+                self.limits = without_sinks(self.limits)
+                self._begin(self.prompt_blocks)
             self.position = self.due
             self.steps = self._steps_at(self.due)
             for group, step in self.steps.items():
-                limits = self.schedule.limits[group]
+                limits = self.limits[group]
                 if limits is not None and limits.merging is not None:
                     self.steps[group] = self._merge(group, limits, step)
                 self.removed[group] += step.old - step.kept
             self.due = self._next_due(self.position)
 
+    def _begin(self, base: int) -> None:
+        """Leave so many entries of the row alone from now on."""
+        self.base, self.below = base, list(self.removed)
+        self.levels = [[] for _ in self.removed]
+        self.written = [0] * len(self.removed)
+
+    def _leaves_context(self, position: int) -> bool:
+        """Whether a compaction at ``position`` is the first one after those of the context."""
+        context = self.context_tokens
+        return context is not None and self.position <= context < position
+
+    def first_entry(self, group: int, holes: int) -> int:
+        """First entry of a row with so many holes that the compaction at ``position`` changes.
+
+        Rows that list pooled blocks several times have no holes: there it is ``base``.
+        """
+        return max(self.base, self.base - self.below[group] + holes)
+
     def peak_blocks(self, group: int, position: int) -> int:
         """Upper bound of the blocks a group holds at once on the way to ``position``."""
-        size = self.schedule.block_size
-        limits = self.schedule.limits[group]
+        size, interval = self.schedule.block_size, self.schedule.interval
+        limits, whole = self.schedule.limits[group], -(-position // size)
         if limits is None:
-            return -(-position // size)
+            return whole
+        if self.context_tokens is not None and position > self.context_tokens:
+            return min(whole, self._peak_past_context(group, limits, position))
         base = self.base * size
         first = self.due if self.position == 0 else self.position
         if position <= max(first, base):
-            return -(-position // size)
-        peak = base + limits.peak(position - base, first - base, self.schedule.interval)
-        return -(-peak // size)
+            return whole
+        return -(-(base + limits.peak(position - base, first - base, interval)) // size)
 
-    def _live(self, group: int, position: int) -> int:
-        return position - (self.base + self.removed[group]) * self.schedule.block_size
+    def _peak_past_context(self, group: int, limits: Limits, position: int) -> int:
+        assert self.context_tokens is not None
+        size, interval = self.schedule.block_size, self.schedule.interval
+        context, prune_after = self.context_tokens, self.schedule.prune_after
+        if self.position < context:
+            peak = self.peak_blocks(group, context)
+            left = limits.most_left(context) if context >= prune_after else context
+            removed = max(0, context - left) // size
+        else:
+            peak, removed = 0, (self.below if self.base else self.removed)[group]
+        base = self.prompt_blocks * size
+        # Grid positions before this one pass without compaction.
+        first = self.prompt_tokens + interval
+        first += max(0, -(-(prune_after - first) // interval)) * interval
+        generated = max(first - base, limits.most_left(position, base) + interval)
+        generated = min(max(0, position - base), generated)
+        return max(peak, self.prompt_blocks - removed - (-generated // size))
+
+    def blocks_before(self, group: int, position: int) -> int:
+        """Blocks' worth of tokens before what a compaction at ``position`` may change."""
+        if self._leaves_context(position):
+            return self.prompt_blocks
+        return self.base + self.removed[group] - self.below[group]
 
     def _steps_at(self, position: int) -> dict[int, Step]:
-        steps = {}
-        for group, limits in enumerate(self.schedule.limits):
+        size, steps = self.schedule.block_size, {}
+        base, every = self.base, self.limits
+        if self._leaves_context(position):
+            base, every = self.prompt_blocks, without_sinks(every)
+        for group, limits in enumerate(every):
             if limits is not None:
-                old, kept = limits.blocks_kept(self._live(group, position), position)
+                live = position - self.blocks_before(group, position) * size
+                old, kept = limits.blocks_kept(live, position, base * size)
                 if kept < old:
                     steps[group] = Step(old, kept)
         return steps
@@ -211,21 +239,41 @@ class Trajectory:
 
     def _next_due(self, position: int) -> int:
         """First grid position after ``position`` at which some group is over its budget."""
+        schedule, context = self.schedule, self.context_tokens
+        during = schedule.phase == "during_prefill"
+        if context is not None:
+            due = self._first_due(position, during, context, context)
+            if position < context and due < NEVER:
+                return due
+            position, during = max(position, context), False
+        start = self.prompt_tokens
+        if schedule.phase == "decode" or context is not None:
+            start += schedule.interval
+        return self._first_due(position, during, start, schedule.max_position)
+
+    def _first_due(self, position: int, during: bool, start: int, last: int) -> int:
+        """First position after another at which some group is over its budget.
+
+        Parameters
+        ----------
+        position : int
+        during : bool
+            Whether the grid has positions before ``start``.
+        start, last : int
+            From where on the grid has a position every ``interval`` tokens, and up to where.
+        """
         earliest = self._earliest(position)
-        if earliest >= NEVER:
+        if earliest > last:
             return NEVER
         interval = self.schedule.interval
-        start = self.prompt_tokens
-        if self.schedule.phase == "decode":
-            start += interval
-        if self.schedule.phase == "during_prefill" and earliest < start:
+        if during and earliest < start:
             grid = -(-earliest // interval) * interval
             while grid < start:
                 if self._steps_at(grid):
                     return grid
                 grid += interval
         grid = start + max(0, -(-(earliest - start) // interval)) * interval
-        while grid <= self.schedule.max_position:
+        while grid <= last:
             if self._steps_at(grid):
                 return grid
             grid += interval
@@ -238,10 +286,15 @@ class Trajectory:
         for group, limits in enumerate(self.schedule.limits):
             if limits is None or limits.ratio == 1:
                 continue
-            over = (self.base + self.removed[group]) * size
+            over = self.blocks_before(group, position + 1) * size
             over += limits.budget if limits.budget is not None else size
             earliest = min(earliest, over + 1)
         return max(earliest, position + 1, self.schedule.prune_after)
+
+
+def without_sinks(limits: Iterable[Limits | None]) -> tuple[Limits | None, ...]:
+    """Limits that protect no first tokens."""
+    return tuple(own and replace(own, sinks=0) for own in limits)
 
 
 def peak_tokens(schedule: Schedule, limits: Limits, position: int) -> int:

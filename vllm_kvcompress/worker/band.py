@@ -85,16 +85,8 @@ class BandPages:
         keys, values = (self.as_float(part).contiguous() for part in elements)
         return keys, values
 
-    def warm_up(self, ranking: bool, pooling: Pooling | None) -> None:
-        """Do once what the first request would otherwise wait for.
-
-        Parameters
-        ----------
-        ranking : bool
-            Whether a method scores tokens.
-        pooling : Pooling or None
-            ``None`` if nothing is merged.
-        """
+    def warm_up(self, pooling: Pooling | None) -> None:
+        """Do once what the first request would wait for; ``None`` if nothing is pooled."""
 
     def squared_norms(self, blocks: torch.Tensor) -> torch.Tensor:
         """Squared L2 norms of keys (without scales), ``[layers * kv_heads, tokens]``, float32."""

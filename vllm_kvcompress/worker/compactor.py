@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from vllm_kvcompress.methods import Method, NormMethod, ScoreContext
+from vllm_kvcompress.methods import MERGING, Method, NormMethod, ScoreContext
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages, tensor_of
 from vllm_kvcompress.worker.merger import Merger
@@ -31,50 +31,35 @@ class CompactionTotals:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Band:
-    """The layers of one compressed KV cache group.
-
-    Attributes
-    ----------
-    pages : BandPages
-    sinks : int
-        First tokens of a request that always stay.
-    """
-
-    pages: BandPages
-    sinks: int
-
-
 class Compactor:
     """Runs the scheduler's plans on the pages of one worker.
 
     Parameters
     ----------
-    groups : mapping of int to Band
-        Compressed groups by KV cache group index.
-    method : Method or None
-        Ranks tokens; ``None`` if all are merged.
+    groups : mapping of int to BandPages
+        Pages of the compressed groups, by KV cache group index.
+    methods : mapping of str to Method
+        What may rank tokens, by name; a plan says which one does.
     merger : Merger or None
-        ``None`` if nothing is merged.
+        ``None`` if no request may ask for merging.
     first_head, total_heads : int
         First KV head held by this worker and KV heads of the model.
     """
 
     def __init__(
         self,
-        groups: Mapping[int, Band],
-        method: Method | None,
+        groups: Mapping[int, BandPages],
+        methods: Mapping[str, Method],
         merger: Merger | None,
         first_head: int,
         total_heads: int,
     ) -> None:
         self.groups = groups
-        self.method = method
+        self.methods = methods
         self.merger = merger
         self.first_head = first_head
         self.total_heads = total_heads
-        self.block_size, self.heads, _ = next(iter(groups.values())).pages.shape
+        self.block_size, self.heads, _ = next(iter(groups.values())).shape
         self.totals = CompactionTotals()
         self.on_kept: Callable[[CompactionPlan, int, torch.Tensor], None] | None = None
         """For tests: called with plan, layer and kept indices ``[kv_heads, kept]``."""
@@ -93,10 +78,11 @@ class Compactor:
         self.totals.seconds += time.perf_counter() - started
 
     def _run(self, plan: CompactionPlan) -> None:
-        band = self.groups[plan.group]
-        if self.method is None:
+        pages = self.groups[plan.group]
+        ranking = MERGING.get(plan.method, plan.method)
+        if ranking is None:
             assert self.merger is not None
-            band.pages.merge(
+            pages.merge(
                 plan.sources,
                 plan.rounds,
                 plan.outputs,
@@ -105,27 +91,32 @@ class Compactor:
                 self.merger.rotation,
             )
         else:
-            sources = tensor_of(plan.sources, band.pages.device)
-            destinations = tensor_of(plan.destinations, band.pages.device)
-            if self.merger is None:
-                kept = self._select(plan, band.pages, sources, len(plan.destinations), band.sinks)
-                band.pages.move(sources, kept, destinations)
+            method = self.methods[ranking]
+            sources = tensor_of(plan.sources, pages.device)
+            destinations = tensor_of(plan.destinations, pages.device)
+            if plan.method in MERGING:
+                self._rank_and_merge(plan, method, sources, destinations)
             else:
-                self._rank_and_merge(plan, band, sources, destinations)
+                kept = self._select(plan, method, pages, sources, len(plan.destinations))
+                pages.move(sources, kept, destinations)
         if self.on_written is not None:
-            written = band.pages.read_keys(tensor_of(plan.destinations, band.pages.device))
-            for layer, keys in zip(band.pages.layers, written.split(self.heads), strict=True):
+            written = pages.read_keys(tensor_of(plan.destinations, pages.device))
+            for layer, keys in zip(pages.layers, written.split(self.heads), strict=True):
                 self.on_written(plan, layer, keys)
 
     def _rank_and_merge(
-        self, plan: CompactionPlan, band: Band, sources: torch.Tensor, destinations: torch.Tensor
+        self,
+        plan: CompactionPlan,
+        method: Method,
+        sources: torch.Tensor,
+        destinations: torch.Tensor,
     ) -> None:
         assert self.merger is not None
         blocks = len(plan.destinations) - len(plan.outputs)
-        for pages in band.pages.slices(len(plan.sources)):
+        for pages in self.groups[plan.group].slices(len(plan.sources)):
             slots = self.merger.read(plan, pages, sources)
             ranked = sources[plan.pooled :]
-            kept = self._select(plan, pages, ranked, blocks, band.sinks)
+            kept = self._select(plan, method, pages, ranked, blocks)
             keys, values, centres = self.merger.pool(plan, pages, slots, kept)
             # What is kept moves as it is, and first: outputs may go to where it was.
             pooled = len(plan.outputs)
@@ -134,19 +125,24 @@ class Compactor:
             self.merger.note(pages, destinations, centres)
 
     def _select(
-        self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor, keep: int, sinks: int
+        self,
+        plan: CompactionPlan,
+        method: Method,
+        pages: BandPages,
+        sources: torch.Tensor,
+        blocks: int,
     ) -> torch.Tensor:
-        """Tokens of the sources to keep in ``keep`` blocks, ``[layers * kv_heads, kept]``."""
-        scores = self._score(plan, pages, sources)
-        kept = pages.select(scores, keep * self.block_size, sinks)
+        """Tokens of the sources to keep in so many blocks, ``[layers * kv_heads, kept]``."""
+        scores = self._score(plan, method, pages, sources)
+        kept = pages.select(scores, blocks * self.block_size, plan.sinks)
         if self.on_kept is not None:
             for layer, own in zip(pages.layers, kept.split(self.heads), strict=True):
                 self.on_kept(plan, layer, own)
         return kept
 
-    def _score(self, plan: CompactionPlan, pages: BandPages, sources: torch.Tensor) -> torch.Tensor:
-        method = self.method
-        assert method is not None
+    def _score(
+        self, plan: CompactionPlan, method: Method, pages: BandPages, sources: torch.Tensor
+    ) -> torch.Tensor:
         if isinstance(method, NormMethod):
             return method.score_norms(pages.squared_norms(sources))
         scores = []

@@ -14,13 +14,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCa
 
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
 from vllm_kvcompress.attention.holes import HoleCounts
-from vllm_kvcompress.bands import plan_bands
+from vllm_kvcompress.bands import largest_limits, plan_bands
 from vllm_kvcompress.methods import MERGING, METHODS, POOLINGS
 from vllm_kvcompress.methods.pooling import Rotation
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 from vllm_kvcompress.worker.band import BandPages
-from vllm_kvcompress.worker.compactor import Band, Compactor
+from vllm_kvcompress.worker.compactor import Compactor
 from vllm_kvcompress.worker.merger import Merger
 from vllm_kvcompress.worker.pages import LayerPages
 from vllm_kvcompress.worker.rotary import learn_rotation
@@ -79,6 +79,12 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
         sorted(eligible),
         longest=config.model_config.max_model_len,
     )
+    largest = largest_limits(
+        settings,
+        config.model_config.get_num_layers(config.parallel_config),
+        next(iter(specs.values())).block_size,
+        config.model_config.max_model_len,
+    )
     result = dict(specs)
     for band in bands:
         for layer in band.layers:
@@ -91,6 +97,7 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
                 phase=settings.phase,
                 interval=settings.interval,
                 prune_after=settings.prune_after,
+                largest=largest.get(band.index),
             )
     return result
 
@@ -133,7 +140,7 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
         if (target := getattr(layer, "kv_sharing_target_layer_name", None))
     }
     holes = HoleCounts(len(runner.attn_groups), runner.max_num_reqs, holes_by_slot)
-    groups: dict[int, Band] = {}
+    groups: dict[int, BandPages] = {}
     names: list[str] = []
     num_blocks = runner.kv_cache_config.num_blocks
     for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
@@ -163,9 +170,9 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
                 f"kvcompress: layers {sorted(of_group)} share a block table, but their page "
                 "layouts differ, which is not supported."
             )
-        groups[index] = Band(band_pages(of_group), spec.limits.sinks)
+        groups[index] = band_pages(of_group)
         names += group.layer_names
-    pages = next(iter(groups.values())).pages
+    pages = next(iter(groups.values()))
     _, heads, dim = pages.shape
     total = config.model_config.get_total_num_kv_heads()
     size = config.parallel_config.tensor_parallel_size
@@ -178,7 +185,7 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
         settings, groups, num_blocks, rotation, first_head, max(total, heads)
     )
     merger = compactor.merger
-    pages.warm_up(compactor.method is not None, None if merger is None else merger.pooling)
+    pages.warm_up(None if merger is None else merger.pooling)
     return WorkerState(compactor, holes)
 
 
@@ -195,7 +202,7 @@ def band_pages(layers: Mapping[int, LayerPages]) -> BandPages:
 
 def make_compactor(
     settings: Settings,
-    groups: dict[int, Band],
+    groups: dict[int, BandPages],
     num_blocks: int,
     rotation: Rotation | None,
     first_head: int,
@@ -206,8 +213,8 @@ def make_compactor(
     Parameters
     ----------
     settings : Settings
-    groups : dict of int to Band
-        Compressed groups by KV cache group index.
+    groups : dict of int to BandPages
+        Pages of the compressed groups, by KV cache group index.
     num_blocks : int
         Blocks of the pool.
     rotation : Rotation or None
@@ -216,20 +223,20 @@ def make_compactor(
         First KV head held by this worker and KV heads of the model.
     """
     ranking = MERGING.get(settings.method, settings.method)
-    method = METHODS[ranking](seed=settings.seed) if ranking is not None else None
+    methods = {name: method(seed=settings.seed) for name, method in METHODS.items()}
     merger = None
     if settings.method in MERGING:
         centres = None
         if rotation is not None and ranking is not None:
-            pages = next(iter(groups.values())).pages
+            pages = next(iter(groups.values()))
             size, heads, _ = pages.shape
             centres = {
                 layer: torch.zeros(num_blocks, heads, size, device=pages.device)
                 for band in groups.values()
-                for layer in band.pages.layers
+                for layer in band.layers
             }
         merger = Merger(POOLINGS[settings.pooling](), rotation, centres)
-    return Compactor(groups, method, merger, first_head, total_heads)
+    return Compactor(groups, methods, merger, first_head, total_heads)
 
 
 def _check_groups(intended: dict[str, KVCacheSpec], groups: Sequence[KVCacheGroupSpec]) -> None:

@@ -116,20 +116,17 @@ class CompiledBandPages(BandPages):
     def _like(self) -> np.ndarray:
         return torch.empty(0, dtype=self._raw).numpy()
 
-    def warm_up(self, ranking: bool, pooling: Pooling | None) -> None:
+    def warm_up(self, pooling: Pooling | None) -> None:
         """Move the null block onto itself once, so that no request waits for a compiler."""
         null = torch.zeros(1, dtype=torch.int64)
         size, heads, _ = self.shape
-        if ranking:
-            self.read_float_keys(null)
-            self.select(self.squared_norms(null), size, 0)
-        if ranking and pooling is None:
-            tokens = torch.arange(size).expand(len(self.layers) * heads, size).contiguous()
-            self.move(null, tokens, null)
-        elif ranking:
+        self.read_float_keys(null)
+        self.select(self.squared_norms(null), size, 0)
+        tokens = torch.arange(size).expand(len(self.layers) * heads, size).contiguous()
+        self.move(null, tokens, null)
+        if pooling is not None:
             self.read_slots(null)
             self.write(null, self.read_keys(null), self.read_values(null))
-        elif pooling is not None:
             self.merge([0, 0], [Round(0, [0], [1])], [0], [0], pooling, None)
 
     def read_keys(self, blocks: torch.Tensor) -> torch.Tensor:
