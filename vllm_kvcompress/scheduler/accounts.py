@@ -217,8 +217,11 @@ class Accounts:
         return account.report(now, shares, self.groups, (self.block_size, self.block_bytes))
 
     def history(self, account: Account) -> list[dict[str, Any]]:
-        """Moments of a request, oldest first."""
-        return [moment.as_dict(self.block_bytes) for moment in account.moments]
+        """What a request has held, oldest first, up to now."""
+        moments = account.moments
+        if not account.request.is_finished():
+            moments = [*moments, account.moment(time.time(), self._lengths(account.request))]
+        return [moment.as_dict(self.block_bytes) for moment in moments]
 
     def closed_since(self, closings: int) -> list[dict[str, Any]]:
         """Accounts closed after the first so many, newest first, as far as they are kept."""

@@ -6,6 +6,8 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from vllm.model_executor.models.utils import extract_layer_index
+
 from vllm_kvcompress.scheduler.account import state_of
 from vllm_kvcompress.scheduler.accounts import Accounts
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
@@ -86,7 +88,7 @@ def _layout(config: KVCacheConfig, accounts: Accounts) -> dict[str, Any]:
         groups.append(
             {
                 "band": spec.band if isinstance(spec, CompressedAttentionSpec) else -1,
-                "layers": list(group.layer_names),
+                "layers": [extract_layer_index(name) for name in group.layer_names],
                 "budget": limits.budget if limits else None,
                 "keep_ratio": float(limits.ratio) if limits and limits.ratio else None,
             }

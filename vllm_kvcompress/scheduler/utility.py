@@ -10,7 +10,7 @@ Upstream plan: none yet; a scheduler method reachable by name would do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_kvcompress.scheduler.snapshot import take_snapshot
@@ -23,18 +23,25 @@ TIMES = "kvcompress_times"
 
 
 def kvcompress_snapshot(
-    self: Any, closings: int = 0, wanted: Sequence[str] = ()
-) -> dict[str, Any] | None:
-    """Snapshot of an engine core's scheduler, ``None`` if nothing is compressed.
+    self: Any, closings: Mapping[int, int] | None = None, wanted: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Snapshot of an engine core's scheduler, and how long its compactions took.
 
     Workers are asked only if something was compacted since they last were: to ask them is a
     barrier between steps.
+
+    Parameters
+    ----------
+    self : EngineCore
+    closings : mapping of int to int, optional
+        ``closings`` of the last snapshot that the caller has, by engine.
+    wanted : sequence of str
+        As in :func:`~vllm_kvcompress.scheduler.snapshot.take_snapshot`.
     """
     scheduler = self.scheduler
-    accounts = getattr(scheduler, "kvcompress_accounts", None)
-    if accounts is None:
-        return None
-    found = take_snapshot(scheduler, closings, wanted)
+    accounts = scheduler.kvcompress_accounts
+    engine = scheduler.vllm_config.parallel_config.data_parallel_index
+    found = take_snapshot(scheduler, (closings or {}).get(engine, 0), wanted)
     planned, times = getattr(self, "_kvcompress_times", (0, None))
     done = sum(accounts.counts.compactions.values())
     if done != planned or times is None:
