@@ -62,6 +62,7 @@ class EngineOptions:
     whole_prompt_must_fit: bool = True
     tokens_per_step: int = 32
     max_requests: int = 6
+    finished_requests: int = 1000
 
 
 @functools.cache
@@ -107,6 +108,7 @@ def build_scheduler(options: EngineOptions) -> KVCompressSchedulerMixin:
             "phase": options.phase,
             "interval": options.interval,
             "prune_after": options.prune_after,
+            "finished_requests": options.finished_requests,
         }
     }
     config.cache_config.block_size = options.block_size

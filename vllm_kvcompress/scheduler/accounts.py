@@ -24,6 +24,9 @@ from vllm_kvcompress.scheduler.account import Account, Group, Moment
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.settings import Settings
 
+REPORT_KEY = "kvcompress_report"
+"""Key of a request's ``extra_args`` (``vllm_xargs``) that puts its account into the response."""
+
 
 @dataclass
 class Counts:
@@ -94,6 +97,7 @@ class Accounts:
         """Accounts of finished requests, with their history, oldest first."""
         self.closings = 0
         """Accounts ever closed, those that ``closed`` has forgotten included."""
+        self._latest: dict[str, Any] = {}
 
     # Events
 
@@ -179,9 +183,9 @@ class Accounts:
         if account.scheduled is not None:
             self.peak_bytes.observe(report["bytes_peak"])
             self.finish_bytes.observe(sum(account.moments[-1].blocks) * self.block_bytes)
-        report["history"] = self.history(account)
-        self.closed.append(report)
+        self.closed.append(report | {"history": self.history(account)})
         self.closings += 1
+        self._latest = report
 
     # What is asked for
 
@@ -227,6 +231,14 @@ class Accounts:
         """Accounts closed after the first so many, newest first, as far as they are kept."""
         return list(islice(reversed(self.closed), max(0, self.closings - closings)))
 
+    def asked_for(self, request: Request) -> dict[str, Any] | None:
+        """The account just closed, if it is that of a request that asks for it."""
+        params = request.sampling_params
+        if params is None or not params.extra_args:
+            return None
+        asked = params.extra_args.get(REPORT_KEY) in (1, True)
+        return self._latest if asked and self._latest["id"] == request.request_id else None
+
     def tokens(self) -> Iterable[tuple[int, int]]:
         """Prompt and output tokens of each live request, counted as ``counts`` does."""
         for account in self.live.values():
@@ -237,5 +249,6 @@ class Accounts:
 def bytes_per_block(config: KVCacheConfig) -> int:
     """Bytes of one block of the pool on one rank; a block serves all layers of a group."""
     if config.kv_cache_tensors:
-        return sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        # The groups overlay each other: each tensor gives the size of all.
+        return max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
     return max(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in config.kv_cache_groups)

@@ -95,6 +95,19 @@ class KVCompressSchedulerMixin(Scheduler):
             self.kvcompress_accounts.tokens_arrived()
         return outputs
 
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Put the account into the response if the request asks for it.
+
+        Target: ``kv_transfer_params``, which vLLM's responses carry beside ``usage`` and which
+        only KV connectors fill; those are refused. ``usage`` itself is made in the API server.
+        """
+        kv_transfer, ec_transfer = super()._free_request(request, delay_free_blocks)
+        if report := self.kvcompress_accounts.asked_for(request):
+            kv_transfer = {**(kv_transfer or {}), CONFIG_KEY: report}
+        return kv_transfer, ec_transfer
+
     def _free_request_blocks(self, request: Request) -> None:
         """Close or restart the account of a request before its blocks go."""
         self.kvcompress_accounts.releasing(request)
