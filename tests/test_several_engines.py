@@ -107,7 +107,7 @@ def test_two_ranks(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
     for snap in found:
         times = snap["histograms"]["compaction_seconds"]
-        assert sum(times["counts"]) >= 4 and times["sum"] > 0
+        assert sum(times["counts"]) > 0 and times["sum"] > 0
 
 
 def test_two_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
