@@ -274,7 +274,7 @@ def test_history_of_those_wanted() -> None:
 
 def test_history_is_bounded() -> None:
     request = make_request(EngineOptions(limits=(FLAT,)), "0", [1], 1)
-    account = Account(request, "knorm", {}, [0])
+    account = Account(request, "knorm", {}, [0], [0])
     for number in range(1000):
         account.note(Moment(float(number), number, [number], number))
         assert len(account.moments) <= MAX_MOMENTS

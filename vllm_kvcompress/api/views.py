@@ -93,7 +93,7 @@ def config(snapshots: Snapshots, settings: Settings, vllm: VllmConfig) -> models
         model=model_name(vllm),
         block_size=layout["block_size"],
         settings=settings.model_dump(mode="json"),
-        methods=[settings.method],
+        methods=list(getattr(settings, "methods", [settings.method])),
         max_budget=getattr(settings, "max_budget", None),
         max_model_len=vllm.model_config.max_model_len,
         bands=[models.Band.model_validate(band) for _, band in sorted(bands.items())],

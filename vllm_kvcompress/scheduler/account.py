@@ -22,24 +22,15 @@ class Group(NamedTuple):
     band : int
         -1 for layers that keep every token.
     layers : int
-    merges : bool
-        Whether the blocks that are given up were pooled into others.
-    listed : bool
-        Whether rows list a pooled block several times; they have holes otherwise.
     """
 
     band: int
     layers: int
-    merges: bool
-    listed: bool
 
     @classmethod
     def of(cls, spec: object, layers: int) -> Group:
         """Group of so many layers with a KV cache spec."""
-        if not isinstance(spec, CompressedAttentionSpec):
-            return cls(-1, layers, False, False)
-        merging = spec.limits.merging if spec.limits is not None else None
-        return cls(spec.band, layers, merging is not None, merging is not None and merging.count)
+        return cls(spec.band if isinstance(spec, CompressedAttentionSpec) else -1, layers)
 
 
 class Moment(NamedTuple):
@@ -84,8 +75,9 @@ class Account:
         ``none`` if nothing of it is to be compressed.
     settings : dict
         Settings in force for it.
-    removed : list of int
-        Blocks given up per group since it was started or resumed.
+    removed, merged : list of int
+        Blocks given up per group since it was started or resumed, and how many of them by
+        pooling.
     scheduled, first_token : float or None
         When it was first scheduled and put out its first token, in Unix seconds.
     cached_tokens : int or None
@@ -104,6 +96,7 @@ class Account:
     method: str
     settings: dict[str, Any]
     removed: list[int]
+    merged: list[int]
     scheduled: float | None = None
     first_token: float | None = None
     cached_tokens: int | None = None
@@ -182,11 +175,11 @@ class Account:
                     "layers": group.layers,
                     "blocks": blocks,
                     "tokens_kept": max(0, now.tokens - gone * size) if blocks else 0,
-                    "tokens_removed": 0 if group.merges else gone * size,
-                    "tokens_merged": gone * size if group.merges else 0,
+                    "tokens_removed": (gone - merged) * size,
+                    "tokens_merged": merged * size,
                 }
-                for index, (group, blocks, gone) in enumerate(
-                    zip(groups, now.blocks, self.removed, strict=True)
+                for index, (group, blocks, gone, merged) in enumerate(
+                    zip(groups, now.blocks, self.removed, self.merged, strict=True)
                 )
             ],
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -71,6 +71,8 @@ class Accounts:
         Tensor-parallel ranks: every block exists once on each.
     managers : sequence of SingleTypeKVCacheManager
         Managers of the groups.
+    in_force : callable, optional
+        Settings of a request and its ``context_tokens``; the server's and none if left out.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class Accounts:
         config: KVCacheConfig,
         ranks: int,
         managers: Sequence[SingleTypeKVCacheManager],
+        in_force: Callable[[Request], tuple[Settings, int | None]] | None = None,
     ) -> None:
-        self.settings = settings
+        self.in_force = in_force or (lambda request: (settings, None))
         self.managers = managers
         self.block_size = managers[0].block_size
         self.block_bytes = ranks * bytes_per_block(config)
@@ -131,7 +134,8 @@ class Accounts:
         counts, slots = self.counts, plan.removed * self.block_size
         counts.compactions[account.method] += 1
         counts.blocks_freed += plan.removed
-        if self.groups[plan.group].merges:
+        if plan.outputs:  # What ranking leaves over is pooled: nothing is lost.
+            account.merged[plan.group] += plan.removed
             counts.tokens_merged += slots
         else:
             counts.tokens_removed += slots
@@ -143,9 +147,9 @@ class Accounts:
         account.note(moment)
         if not request.is_finished():
             self.counts.preemptions += 1
-            nothing = [0] * len(self.groups)
-            account.removed, account.compacted_at = nothing, 0
-            account.note(Moment(moment.time, 0, nothing.copy(), 0))
+            account.removed, account.merged = self._zeros(), self._zeros()
+            account.compacted_at = 0
+            account.note(Moment(moment.time, 0, self._zeros(), 0))
             return
         if account.first_token is None and request.num_output_tokens:
             self._begin(account)
@@ -159,14 +163,17 @@ class Accounts:
 
     def new_account(self, request: Request) -> Account:
         """An account with the settings in force for a request, not kept anywhere."""
-        settings = self.settings
-        in_force = {
+        settings, context_tokens = self.in_force(request)
+        shown = {
             "budget": settings.token_budget,
             "keep_ratio": settings.keep_ratio,
             "prune_after": settings.prune_after,
-            "context_tokens": None,
+            "context_tokens": context_tokens,
         }
-        return Account(request, settings.method, in_force, [0] * len(self.groups))
+        return Account(request, settings.method, shown, self._zeros(), self._zeros())
+
+    def _zeros(self) -> list[int]:
+        return [0] * len(self.groups)
 
     def _begin(self, account: Account) -> None:
         account.first_token = time.time()
@@ -203,8 +210,9 @@ class Accounts:
         that its listings add up to one.
         """
         shares = []
-        for group, row, removed in zip(self.groups, rows, account.removed, strict=True):
-            held = row if group.listed else row[removed:]
+        for row, removed in zip(rows, account.removed, strict=True):
+            # What was given up left holes, or further listings of pooled blocks.
+            held = row[removed:] if removed and row and row[0].is_null else row
             references = [block.ref_cnt for block in held]
             own = references.count(1)
             if own < len(references):
@@ -237,7 +245,7 @@ class Accounts:
         if params is None or not params.extra_args:
             return None
         asked = params.extra_args.get(REPORT_KEY) in (1, True)
-        return self._latest if asked and self._latest["id"] == request.request_id else None
+        return self._latest if asked and self._latest.get("id") == request.request_id else None
 
     def tokens(self) -> Iterable[tuple[int, int]]:
         """Prompt and output tokens of each live request, counted as ``counts`` does."""
