@@ -63,6 +63,7 @@ class EngineOptions:
     whole_prompt_must_fit: bool = True
     tokens_per_step: int = 32
     max_requests: int = 6
+    finished_requests: int = 1000
 
 
 @functools.cache
@@ -132,6 +133,7 @@ def build_scheduler(options: EngineOptions) -> KVCompressSchedulerMixin:
             "phase": options.phase,
             "interval": options.interval,
             "prune_after": options.prune_after,
+            "finished_requests": options.finished_requests,
         }
     }
     config.cache_config.block_size = options.block_size

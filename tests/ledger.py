@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from account_book import AccountBook
 from compaction_rule import Compaction, PlanRecord, expected_plans
 from engine_stub import (
     BookkeepingWorker,
@@ -69,6 +70,7 @@ class Ledger:
         self.scheduler = build_scheduler(options)
         self.planner = self.scheduler.kvcompress
         self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.book = AccountBook(self.scheduler, options.priority)
         self.texts = Texts()
         self.wishes: dict[str, Wishes] = {}
         self.worker = BookkeepingWorker(options, self.texts, self.wishes)
@@ -162,6 +164,8 @@ class Ledger:
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
         assert not self.worker.requests
         assert not self.planner._states
+        assert not self.scheduler.kvcompress_accounts.live
+        assert self.book.closings == len(self.requests)
         assert not self.planner._plans
 
     # -- checks -----------------------------------------------------------------------
@@ -174,6 +178,7 @@ class Ledger:
             del self._hashed_at_first_plan[name]
         for name, groups in rows.items():
             self._check_rows(name, groups)
+        self.book.check({name: r for name, r in rows.items() if any(r)}, self.requests)
         self._register_hashes()
 
     def _check_references(self, rows: dict[str, list[list[Any]]]) -> None:

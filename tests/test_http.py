@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -17,6 +18,8 @@ from typing import Any
 import openai
 import pytest
 from server import ROOT, Server, environment, wait_until
+
+from vllm_kvcompress.api import models
 
 MODEL = "SmolLM2-135M-Instruct"
 API_KEY = "sk-of-the-tests"
@@ -235,6 +238,169 @@ def test_eight_clients_at_once(server: Server, client: openai.OpenAI) -> None:
         assert answer.usage.prompt_tokens > BUDGET + INTERVAL
         assert answer.choices[0].text.startswith(f" password is {city}.")
         assert answer.choices[0].text == complete(client, prompt, 10).choices[0].text
+
+
+# Memory accounts
+
+
+def accounts(server: Server, path: str) -> Any:
+    answer = server.http.get(
+        f"/v1/kvcompress/{path}", headers={"Authorization": f"Bearer {API_KEY}"}
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def finished(server: Server, request_id: str) -> Any:
+    """The account of a request once the endpoints know that it finished."""
+    path = f"requests/{request_id}"
+    assert wait_until(lambda: accounts(server, path)["state"] == "finished", 30)
+    return accounts(server, path)
+
+
+def test_account_of_a_request(server: Server, client: openai.OpenAI) -> None:
+    """Its numbers follow from its lengths; the pool's and the metrics agree with them."""
+    assert wait_until(lambda: at_rest(server), 30)
+    time.sleep(1.1)
+    (before,) = accounts(server, "summary")["engines"]
+    metrics = server.metrics()
+    # Of its own text, so that nothing of it is in the prefix cache.
+    prompt = "One, two, three. " + haystack("strawberry", 62, 0.5)
+    answer = complete(client, prompt, 4 * INTERVAL, extra_body={"ignore_eos": True})
+    report = models.AccountWithHistory.model_validate(finished(server, answer.id))
+    assert report.id.startswith(f"{answer.id}-0-")
+    tokens = answer.usage.prompt_tokens
+    assert (report.prompt_tokens, report.output_tokens) == (tokens, 4 * INTERVAL)
+    assert (report.state, report.finish_reason, report.method) == ("finished", "length", "knorm")
+    assert report.settings.budget == BUDGET
+    assert report.cached_tokens == report.preemptions == 0
+    assert report.compactions == 4
+
+    config = models.Config.model_validate(accounts(server, "config"))
+    (band,), block_bytes = report.bands, config.bands[0].bytes_per_block
+    # 30 layers, keys and values of 3 heads of 64 numbers of 2 bytes.
+    assert block_bytes == 30 * BLOCK * 2 * 3 * 64 * 2
+    assert config.pool_blocks == server.blocks + 1
+    end = tokens + 4 * INTERVAL - 1  # The last token is never read.
+    whole = -(-end // BLOCK)
+    assert band.tokens_removed == (whole - band.blocks) * BLOCK
+    assert band.tokens_kept == end - band.tokens_removed <= BUDGET + INTERVAL
+    assert report.bytes_held == band.blocks * block_bytes
+    assert report.bytes_peak == -(-tokens // BLOCK) * block_bytes
+    assert report.bytes_uncompressed == report.bytes_uncompressed_peak == whole * block_bytes
+    assert report.ratio == pytest.approx(whole / band.blocks)
+    at = [moment.tokens for moment in report.history]
+    expected = [tokens + step * INTERVAL for step in range(4) for _ in range(2)]
+    assert at == [at[0], *expected, end]
+    course = [moment.bytes_held for moment in report.history]
+    assert all(course[index] > course[index + 1] for index in range(1, 9, 2))
+
+    assert wait_until(lambda: at_rest(server), 30)
+    time.sleep(1.1)
+    (after,) = models.Summary.model_validate(accounts(server, "summary")).engines
+    assert after.requests.running == after.pool.used == after.bytes_held == 0
+    assert after.ratio is None
+    totals, old = after.totals, before["totals"]
+    assert totals.requests["knorm"] - old["requests"].get("knorm", 0) == 1
+    assert totals.compactions["knorm"] - old["compactions"].get("knorm", 0) == 4
+    assert totals.tokens_removed - old["tokens_removed"] == band.tokens_removed
+    assert totals.prompt_tokens - old["prompt_tokens"] == tokens
+    assert totals.output_tokens - old["output_tokens"] == 4 * INTERVAL
+    assert totals.compaction_seconds > old["compaction_seconds"]
+    now = server.metrics()
+    for name, change in {
+        "requests_total": 1,
+        "compactions_total": 4,
+        "tokens_removed_total": band.tokens_removed,
+        "tokens_merged_total": 0,
+        "blocks_freed_total": band.tokens_removed // BLOCK,
+        "compaction_seconds_count": 4,
+        "request_kv_bytes_sum": report.bytes_peak + report.bytes_held,
+    }.items():
+        name = f"kvcompress:{name}"
+        assert now[name] - metrics[name] == pytest.approx(change), name
+    assert now["kvcompress:pool_blocks"] == server.blocks
+
+
+def test_accounts_while_requests_run(server: Server, client: openai.OpenAI) -> None:
+    """What running requests hold is what the pool says is in use."""
+    prompts = [haystack(city, 16 + index, 0.5) for index, city in enumerate(CITIES)]
+    seen = []
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        answers = clients.map(
+            lambda prompt: complete(client, prompt, 150, extra_body={"ignore_eos": True}), prompts
+        )
+        for _ in range(100):
+            summary = accounts(server, "summary")["engines"][0]
+            running = accounts(server, "requests?state=running")["requests"]
+            again = accounts(server, "summary")["engines"][0]
+            if summary == again and summary["requests"]["running"] == len(prompts):
+                held = sum(request["bytes_held"] for request in running)
+                seen.append((held, summary["pool"]["used_bytes"], summary["bytes_held"], running))
+            if len(seen) == 3:
+                break
+            time.sleep(0.5)
+        assert len(list(answers)) == len(prompts)
+    assert seen, "the requests were never seen running together"
+    for held, used, total, running in seen:
+        assert len(running) == len(prompts)
+        assert held == total == pytest.approx(used, abs=len(prompts))
+        assert all(request["decode_seconds"] is None or request["bands"] for request in running)
+
+
+def test_accounts_need_the_api_key(server: Server) -> None:
+    for path in ("summary", "requests", "requests/x", "config"):
+        assert server.http.get(f"/v1/kvcompress/{path}").status_code == 401
+        wrong = {"Authorization": "Bearer sk-wrong"}
+        assert server.http.get(f"/v1/kvcompress/{path}", headers=wrong).status_code == 401
+
+
+def test_account_of_an_unknown_request(server: Server) -> None:
+    answer = server.http.get(
+        "/v1/kvcompress/requests/nobody", headers={"Authorization": f"Bearer {API_KEY}"}
+    )
+    assert answer.status_code == 404
+    assert "'nobody' is known" in answer.json()["error"]["message"]
+
+
+def test_openapi_lists_the_accounts(server: Server) -> None:
+    paths = server.http.get("/openapi.json").json()["paths"]
+    for path in ("summary", "requests", "requests/{request_id}", "config"):
+        assert "get" in paths[f"/v1/kvcompress/{path}"]
+
+
+def test_metrics_name_no_request(server: Server, client: openai.OpenAI) -> None:
+    answer = complete(client, "Hi", 1)
+    finished(server, answer.id)
+    lines = [
+        line
+        for line in server.http.get("/metrics").text.splitlines()
+        if line.startswith("kvcompress:")
+    ]
+    assert len(lines) > 40
+    assert answer.id not in "".join(lines)
+    assert all('engine="0",' in line and f'model_name="{MODEL}"' in line for line in lines)
+
+
+def test_responses_carry_the_account_if_asked(server: Server, client: openai.OpenAI) -> None:
+    asked = {"vllm_xargs": {"kvcompress_report": 1}}
+    prompt = haystack("Jupiter", 16, 0.5)
+    assert complete(client, prompt, 8).model_dump()["kv_transfer_params"] is None
+    answer = complete(client, prompt, 8, extra_body=asked)
+    report = answer.model_dump()["kv_transfer_params"]["kvcompress"]
+    assert report["id"].startswith(answer.id)
+    assert report["output_tokens"] == 8 and report["compactions"] == 1
+    chat = ask(client, "What is the capital of France?", extra_body=asked)
+    report = chat.model_dump()["kv_transfer_params"]["kvcompress"]
+    assert report["output_tokens"] == chat.usage.completion_tokens
+    response = client.responses.create(
+        model=MODEL, input="Hi", max_output_tokens=8, extra_body=asked
+    )
+    report = response.model_dump()["kv_transfer_params"]["kvcompress"]
+    assert report["id"].startswith(response.id) and report["state"] == "finished"
+    # vLLM's streams have no place for it; they stay as they are.
+    chunks = list(complete(client, prompt, 8, stream=True, extra_body=asked))
+    assert "".join(c.choices[0].text for c in chunks) == answer.choices[0].text
 
 
 # What clients do wrong

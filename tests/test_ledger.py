@@ -30,6 +30,8 @@ from vllm_kvcompress import levels
 from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Merges, Round, plan_merges
 from vllm_kvcompress.scheduler import trajectory
+from vllm_kvcompress.scheduler.account import Account
+from vllm_kvcompress.scheduler.accounts import Accounts
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.region import Change, Region
@@ -661,6 +663,41 @@ def end_elsewhere(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Planner, "take_plans", shifted)
 
 
+def forget_what_was_held_before_compactions(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Accounts, "compacted", lambda accounts, request, plan: None)
+
+
+def look_only_at_the_end(patch: pytest.MonkeyPatch) -> None:
+    """The peak of a request is what it holds when it ends."""
+    note = Account.note
+
+    def forgetful(account: Account, moment: Any) -> None:
+        account.peak = 0
+        note(account, moment)
+
+    patch.setattr(Account, "note", forgetful)
+
+
+def charge_shared_blocks_whole(patch: pytest.MonkeyPatch) -> None:
+    def whole(accounts: Accounts, account: Account, rows: Any) -> list[float]:
+        return [len({b.block_id for b in row if not b.is_null}) for row in rows]
+
+    patch.setattr(Accounts, "shares", whole)
+
+
+def keep_what_the_preempted_gave_up(patch: pytest.MonkeyPatch) -> None:
+    releasing = Accounts.releasing
+
+    def keep(accounts: Accounts, request: Any) -> None:
+        account = accounts.live.get(request.request_id)
+        removed = list(account.removed) if account is not None else []
+        releasing(accounts, request)
+        if not request.is_finished() and account is not None:
+            account.removed = removed
+
+    patch.setattr(Accounts, "releasing", keep)
+
+
 MUTATIONS = {
     write_hashed_blocks: "a plan writes a hashed block",
     write_shared_blocks: "a plan writes a block that others use",
@@ -683,6 +720,10 @@ MUTATIONS = {
     compact_the_prompt_again: None,
     protect_first_generated_tokens: None,
     take_the_servers_settings: "due .*, sent |a compaction that is not due",
+    forget_what_was_held_before_compactions: None,
+    look_only_at_the_end: None,
+    charge_shared_blocks_whole: None,
+    keep_what_the_preempted_gave_up: None,
 }
 """Ways to break the rules of the design, and what the machine says where it is always the same."""
 

@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_kvcompress import bundled, cli, serving
+from vllm_kvcompress import allow, bundled, cli, serving
+from vllm_kvcompress.api.plugin import KVCompressEndpoints
 from vllm_kvcompress.settings import Settings, SettingsError, parse_settings
 
 
@@ -249,9 +251,81 @@ def test_a_named_model_gets_no_demo_defaults() -> None:
 def test_hands_over_to_the_vllm_command(demo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(serving, "require_plugin", lambda: None)
+    monkeypatch.setattr(serving, "allow_endpoints", lambda: None)
     monkeypatch.setattr(cli, "main", lambda: seen.append(sys.argv) or 0)
     assert serving.main(["--kvcompress-budget", "512"]) == 0
     assert seen[0][:3] == ["vllm", "serve", demo]
+
+
+# Where accounts are shown
+
+
+def points(**groups: str) -> Any:
+    """Stands for ``entry_points``: names by kind of plugin, separated by spaces."""
+
+    def entry_points(group: str) -> list[SimpleNamespace]:
+        kind = group.removeprefix("vllm.").removesuffix("_plugins")
+        return [SimpleNamespace(name=name) for name in groups.get(kind, "").split()]
+
+    return entry_points
+
+
+@pytest.mark.parametrize(
+    ("installed", "named"),
+    [
+        (points(general="kvcompress", endpoint="kvcompress"), "kvcompress"),
+        (
+            points(
+                general="kvcompress lora_filesystem_resolver lora_hf_hub_resolver mine",
+                platform="board",
+                stat_logger="log",
+                io_processor="io",
+                endpoint="kvcompress other",
+            ),
+            # Neither the endpoints of others nor downloads are allowed by us.
+            "board,io,kvcompress,log,lora_filesystem_resolver,mine",
+        ),
+    ],
+)
+def test_endpoints_are_allowed_and_nothing_is_kept_out(
+    installed: Any, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allow, "entry_points", installed)
+    environment: dict[str, str] = {}
+    assert allow.allow_endpoints(environment) is None
+    assert environment == {"VLLM_PLUGINS": named}
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "problem"),
+    [
+        (points(general="kvcompress"), {}, "install it anew"),
+        (points(general="kvcompress a", endpoint="kvcompress a"), {}, "name a too"),
+        (points(endpoint="kvcompress"), {"VLLM_PLUGINS": "a"}, "does not name kvcompress"),
+        (points(endpoint="kvcompress"), {"VLLM_PLUGINS": "a,kvcompress"}, None),
+    ],
+)
+def test_endpoints_that_are_not_allowed(
+    installed: Any, given: dict[str, str], problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the user or others decided stays as it is."""
+    monkeypatch.setattr(allow, "entry_points", installed)
+    environment = dict(given)
+    found = allow.allow_endpoints(environment)
+    assert environment == given
+    assert (found is None) if problem is None else problem in found
+
+
+def test_our_endpoints_are_an_entry_point() -> None:
+    (point,) = [p for p in allow.entry_points(group=allow.ENDPOINTS) if p.name == "kvcompress"]
+    assert point.load() is KVCompressEndpoints
+
+
+def test_announcement_of_the_dashboard(demo: str) -> None:
+    one = command("--port", "9000")
+    assert "http://127.0.0.1:9000/kvcompress" in serving.announce_accounts(one, None)
+    assert "no dashboard and no /v1/kvcompress: why." in serving.announce_accounts(one, "why")
+    assert serving.announce_accounts(command("m", "--headless"), None) == ""
 
 
 # A plugin that vLLM does not load would mean no compression, silently

@@ -22,6 +22,8 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"max_budget": "all"}, ["max_budget='all'", "valid integer"]),
     ({"budget": 512, "max_budget": 511}, ["max_budget (511)", "less than budget (512)"]),
     ({"max_budget": 512}, ["max_budget (512)", f"less than budget ({DEFAULT_BUDGET})"]),
+    ({"finished_requests": -1}, ["finished_requests=-1", "greater than or equal to 0"]),
+    ({"finished_requests": 10**6}, ["finished_requests=1000000", "less than or equal to 100000"]),
     ({"keep_ratio": 0.0}, ["keep_ratio=0.0", "greater than 0"]),
     ({"keep_ratio": 1.5}, ["keep_ratio=1.5", "less than or equal to 1"]),
     ({"keep_ratio": float("nan")}, ["keep_ratio=nan", "less than or equal to 1"]),

@@ -22,6 +22,7 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from vllm_kvcompress import bundled, cli
+from vllm_kvcompress.allow import allow_endpoints
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 
 PREFIX = "--kvcompress-"
@@ -55,9 +56,11 @@ def main(argv: Sequence[str]) -> int:
         parse_settings(raw)  # the quick check, before vLLM is imported
         inspected = inspect_arguments(rest)
         command = build_command(raw, rest, inspected)
+        words = announcement(command)
         if command.settings.enabled:
             require_plugin()
-        print(announcement(command), flush=True)
+            words += announce_accounts(command, allow_endpoints())
+        print(words, flush=True)
     except (SettingsError, bundled.BundledModelError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -426,6 +429,26 @@ def announcement(command: Command) -> str:
         f"Serving {name} at {url} (once the log says 'Application startup complete'). Try:\n\n"
         f"{example_request(command, url, name)}\n\n{description}\n"
     )
+
+
+def announce_accounts(command: Command, problem: str | None) -> str:
+    """Return where to see what requests hold.
+
+    Parameters
+    ----------
+    command : Command
+    problem : str or None
+        Why it cannot be seen.
+
+    Returns
+    -------
+    str
+    """
+    if command.values.headless:
+        return ""
+    if problem is not None:
+        return f"There will be no dashboard and no /v1/kvcompress: {problem}.\n"
+    return f"Dashboard: {_url(command.values)}/kvcompress\n"
 
 
 def describe_compression(command: Command) -> str:

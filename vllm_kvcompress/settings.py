@@ -100,6 +100,12 @@ class Settings(BaseModel):
         description="Weight of a pooled slot in attention: count (as often as it stands for "
         "tokens; frees memory, not attention time) or none (once; frees both).",
     )
+    finished_requests: int = Field(
+        1000,
+        ge=0,
+        le=100_000,
+        description="Finished requests whose memory accounts each engine keeps for its API.",
+    )
     seed: int = Field(0, ge=0, le=1_000_000, description="Seed of the random method.")
 
     @field_validator("method")

@@ -9,6 +9,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vllm_kvcompress.scheduler.accounts import Accounts
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.scheduler.region import Change, Region, levels_before
 from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule, Trajectory
@@ -99,6 +100,7 @@ class Planner:
         self.requests = requests
         self.block_pool = block_pool
         self.totals = Totals()
+        self.accounts: Accounts | None = None
         self._states: dict[str, RequestState] = {}
         self._plans: list[CompactionPlan] = []
 
@@ -253,6 +255,8 @@ class Planner:
         self.totals.blocks_freed += freed
         self.totals.tokens_removed += freed * size
         state.started = True
+        if self.accounts is not None:
+            self.accounts.compacted(request, self._plans[-1])
         self._give_up(change.sources, destinations, references, after.references())
 
     def take_plans(self) -> list[CompactionPlan]:

@@ -10,9 +10,13 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvcompress.request import own_keys
+from vllm_kvcompress.scheduler import utility
+from vllm_kvcompress.scheduler.accounts import Accounts
 from vllm_kvcompress.scheduler.groups import check_groups
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
@@ -51,6 +55,13 @@ class KVCompressSchedulerMixin(Scheduler):
             self.block_size,
             self.max_model_len,
         )
+        self.kvcompress_accounts = self.kvcompress.accounts = Accounts(
+            settings,
+            self.kv_cache_config,
+            self.vllm_config.parallel_config.tensor_parallel_size,
+            coordinator.single_type_managers,
+        )
+        utility.install()
         self._kvcompress_method = settings.method
         self._logged_compactions = 0
         self._logged_at = time.monotonic()
@@ -97,6 +108,9 @@ class KVCompressSchedulerMixin(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step and attach the compactions that must run before its forward."""
         output = super().schedule(throttle_prefills)
+        for new in output.scheduled_new_reqs:
+            request = self.requests[new.req_id]
+            self.kvcompress_accounts.scheduled(request, new.num_computed_tokens)
         if plans := self.kvcompress.take_plans():
             setattr(output, PLANS_ATTRIBUTE, plans)
             if output.new_block_ids_to_zero:
@@ -109,6 +123,33 @@ class KVCompressSchedulerMixin(Scheduler):
         if time.monotonic() - self._logged_at >= LOG_INTERVAL:
             self._log_totals()
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Hand out the step's tokens, and note first tokens in the accounts."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.kvcompress_accounts.starting:
+            self.kvcompress_accounts.tokens_arrived()
+        return outputs
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Put the account into the response if the request asks for it.
+
+        Target: ``kv_transfer_params``, which vLLM's responses carry beside ``usage`` and which
+        only KV connectors fill; those are refused. ``usage`` itself is made in the API server.
+        """
+        kv_transfer, ec_transfer = super()._free_request(request, delay_free_blocks)
+        if report := self.kvcompress_accounts.asked_for(request):
+            kv_transfer = {**(kv_transfer or {}), CONFIG_KEY: report}
+        return kv_transfer, ec_transfer
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Close or restart the account of a request before its blocks go."""
+        self.kvcompress_accounts.releasing(request)
+        super()._free_request_blocks(request)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -29,6 +29,17 @@ class KVCompressWorkerMixin(Worker):
         state = self.model_runner.kvcompress
         return state.compactor.totals.as_dict() if state is not None else {}
 
+    def kvcompress_times(self) -> dict[str, Any]:
+        """How long the compactions of a step took on this worker; asked for by the engine.
+
+        Returns
+        -------
+        dict
+            ``bounds`` in seconds, ``counts`` and ``sum`` of a histogram.
+        """
+        times: dict[str, Any] = self.model_runner.kvcompress_times.as_dict()
+        return times
+
 
 class KVCompressGPUWorker(KVCompressWorkerMixin, Worker):
     """For CUDA and ROCm."""

@@ -1,0 +1,208 @@
+"""What memory accounts cost, as ratios of paired runs in one engine, as JSON.
+
+    python -m bench.accounts            # about 15 minutes on 2 cores
+    python -m bench.accounts --quick    # a few tokens, only to see that it works
+
+``unwatched``: decoding at batch 32 with accounts and without, and the share of time that was
+spent in them. ``watched``: the same load on a server, with five dashboards polling and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.smoke import in_its_own_process, machine, make_engine, make_prompts, run
+
+BATCH = 32
+VIEWERS = 5
+SETTINGS = {"budget": 256, "interval": 64, "bands": 6}
+"""Six groups and frequent compactions: the accounts of many events."""
+
+PATHS = ("summary", "requests?limit=200")
+"""What a dashboard asks for every second."""
+
+
+class NoAccounts:
+    """Stands for accounts in an engine that keeps none."""
+
+    starting: dict[str, Any] = {}  # noqa: RUF012
+
+    def nothing(self, *_: Any) -> None:
+        """Do nothing."""
+
+    scheduled = tokens_arrived = compacted = releasing = asked_for = nothing
+
+
+def summed_up(ratios: list[float]) -> dict[str, float]:
+    """Throughput with something over that without it."""
+    return {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "pairs": len(ratios),
+    }
+
+
+def unwatched(pairs: int, prompt: int, output: int) -> dict[str, Any]:
+    """The cost while nobody asks."""
+    engine = make_engine(SETTINGS, kv_bytes=512 << 20)
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    prompts = make_prompts(BATCH, prompt)
+    accounts = scheduler.kvcompress_accounts
+
+    def seconds(kept: Any) -> float:
+        scheduler.kvcompress_accounts = scheduler.kvcompress.accounts = kept
+        return run(engine, prompts, output)
+
+    seconds(accounts)
+    ratios = []
+    for pair in range(pairs):
+        order = (NoAccounts(), accounts) if pair % 2 == 0 else (accounts, NoAccounts())
+        took = {kept is accounts: seconds(kept) for kept in order}
+        ratios.append(took[False] / took[True])
+    spent = 0.0
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def wrapper(*args: Any) -> Any:
+            nonlocal spent
+            started = time.perf_counter()
+            try:
+                return method(*args)
+            finally:
+                spent += time.perf_counter() - started
+
+        return wrapper
+
+    for name in ("scheduled", "tokens_arrived", "compacted", "releasing", "asked_for"):
+        setattr(accounts, name, timed(getattr(accounts, name)))
+    total = seconds(accounts)
+    return {"throughput_ratio": summed_up(ratios), "share_of_time": spent / total}
+
+
+def watched(pairs: int, prompt: int, output: int) -> dict[str, Any]:
+    """The cost of five dashboards on a server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [f"--kvcompress-{name}={value}" for name, value in SETTINGS.items()]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "serve.py", "--port", str(port), "--dtype", "bfloat16", *options],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        return asyncio.run(_watched(server, f"http://127.0.0.1:{port}", pairs, prompt, output))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+async def _watched(
+    server: subprocess.Popen[bytes], url: str, pairs: int, prompt: int, output: int
+) -> dict[str, Any]:
+    prompts = [p["prompt_token_ids"] for p in make_prompts(BATCH, prompt)]
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=600, trust_env=False, limits=limits
+    ) as client:
+        while not await _healthy(client):
+            if server.poll() is not None:
+                raise RuntimeError("the server did not start")
+            await asyncio.sleep(1)
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        polls = 0
+
+        async def complete(tokens: list[int]) -> None:
+            body = {"model": model, "prompt": tokens, "max_tokens": output, "ignore_eos": True}
+            (await client.post("/v1/completions", json=body)).raise_for_status()
+
+        async def view() -> None:
+            nonlocal polls
+            while True:
+                for path in PATHS:
+                    (await client.get(f"/v1/kvcompress/{path}")).raise_for_status()
+                    polls += 1
+                await asyncio.sleep(1)
+
+        async def seconds(viewers: int) -> float:
+            watching = [asyncio.create_task(view()) for _ in range(viewers)]
+            started = time.perf_counter()
+            await asyncio.gather(*map(complete, prompts))
+            took = time.perf_counter() - started
+            for task in watching:
+                task.cancel()
+            ended = await asyncio.gather(*watching, return_exceptions=True)
+            for error in ended:
+                if not isinstance(error, asyncio.CancelledError):
+                    raise RuntimeError("a dashboard failed") from error
+            return took
+
+        await seconds(0)
+        found = []
+        for pair in range(pairs):
+            order = (0, VIEWERS) if pair % 2 == 0 else (VIEWERS, 0)
+            took = {viewers: await seconds(viewers) for viewers in order}
+            found.append(took[0] / took[VIEWERS])
+    return {"throughput_ratio": summed_up(found), "answers_to_viewers": polls}
+
+
+async def _healthy(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/health")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+PARTS = {"unwatched": unwatched, "watched": watched}
+
+
+def main() -> None:
+    """Run both parts, or the one that a child process was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few tokens only")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs of runs")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    pairs, prompt, output = (1, 300, 12) if options.quick else (options.pairs, 400, 256)
+    if options.part:
+        print(json.dumps(PARTS[options.part](pairs, prompt, output)))
+        return
+    common = (["--quick"] if options.quick else []) + ["--pairs", str(options.pairs)]
+    report = {
+        "command": "python -m bench.accounts " + " ".join(sys.argv[1:]),
+        "machine": machine(),
+        "workload": {
+            "requests": BATCH,
+            "prompt_tokens": prompt,
+            "output_tokens": output,
+            "settings": SETTINGS,
+            "viewers": VIEWERS,
+            "model": "SmolLM2-135M-Instruct, bfloat16",
+        },
+        **{
+            name: in_its_own_process("--part", name, *common, module="bench.accounts")
+            for name in PARTS
+        },
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
