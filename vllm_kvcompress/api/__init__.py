@@ -1,0 +1,1 @@
+"""What the API server adds: the JSON endpoints and the dashboard."""
