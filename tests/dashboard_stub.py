@@ -228,7 +228,8 @@ class Stub:
             "tokens_merged": sum(band["tokens_merged"] for band in bands),
             "blocks_freed": 11 * compactions,
             "preemptions": sum(bool(each.away) and now >= each.decode_from for each in requests),
-            "compaction_seconds": 0.0021 * compactions,
+            "compaction_seconds": 0.0012 * compactions
+            + 7e-6 * sum(each.prompt for each in requests if each.compactions(now)),
             "prompt_tokens": sum(each.prompt for each in requests if now >= each.decode_from),
             "output_tokens": sum(each.output_tokens(now) for each in requests),
         }
@@ -281,8 +282,17 @@ class Stub:
         }
 
     def history(self, each: StubRequest, now: float) -> list[dict[str, Any]]:
+        """Events only: the start, before and after each compaction, the end."""
         last = min(now, each.end - 1e-6)
-        steps = max(0, int((last - each.begin) * 4) + 1)
+        between = CHECK_EVERY / TOKENS_PER_SECOND
+        compacted = [each.decode_from + n * between for n in range(4)]
+        events = [each.begin]
+        for moment in compacted:
+            # Half a token before it, and at it.
+            events += [
+                moment - 0.5 / TOKENS_PER_SECOND - each.away * (moment == compacted[0]),
+                moment,
+            ]
         return [
             {
                 "time": self.absolute(moment),
@@ -291,7 +301,8 @@ class Stub:
                 "bytes_uncompressed": each.uncompressed(moment),
                 "blocks": each.blocks(moment),
             }
-            for moment in (each.begin + step / 4 for step in range(steps))
+            for moment in [*(moment for moment in events if moment < last), last]
+            if now >= each.begin
         ]
 
 

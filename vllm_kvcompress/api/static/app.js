@@ -83,6 +83,7 @@ function showState() {
   } else if (time === null) notices.show("loading");
   else notices.show(poller.paused ? "paused" : "live", { time });
   const main = byId("main");
+  main.dataset.time = time ?? "";
   main.dataset.stale = String(Boolean(error && summary));
   byId("overview").hidden = summary === null || request !== null;
   byId("detail").hidden = summary === null || request === null;

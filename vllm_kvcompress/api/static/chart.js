@@ -4,7 +4,7 @@
 import { clock, hourMinute } from "./format.js";
 import { h, setText } from "./dom.js";
 
-const SHORTEST_SECONDS = 60;
+const DEFAULT_HEIGHT = 124;
 const FONT = "12px system-ui, sans-serif";
 
 const probe = h("span", { hidden: true });
@@ -39,10 +39,11 @@ export class Chart {
   /**
    * @param {string} title
    * @param {Array<{label: string, colour: string, format: function, fill?: string, dash?: number[],
-   *     over?: number, axis?: string, legend?: boolean}>} series over: drawn on top of that series.
-   * @param {{format: function, right?: function, binary?: boolean, max?: number, stepped?: boolean,
-   *     sync?: string, height?: number, level?: string}} options format, right: of the axes; binary:
-   *     axis in powers of two; max: smallest upper end of the left axis; sync: charts that share
+   *     over?: number, axis?: string}>} series over: stacked on top of that series.
+   * @param {{format: function, right?: function, binary?: boolean, max?: number,
+   *     sync?: string, height?: number, shortest?: number}} options format, right: of the axes; binary:
+   *     axis in powers of two; max: smallest upper end of the left axis; shortest: least
+   *     seconds that the time axis shows; sync: charts that share
    *     their pointer.
    */
   constructor(title, series, options) {
@@ -51,16 +52,19 @@ export class Chart {
     const legend = h("ul", { class: "legend" });
     this.#values = series.map((each) => {
       const value = h("b");
-      const swatch = h("i", { class: each.dash ? "dashed" : each.fill ? "filled" : "" });
+      const swatch = h("i", {
+        class: each.dash ? "dashed" : each.fill === each.colour ? "filled" : "",
+      });
       swatch.style.setProperty("--c", each.colour);
       legend.append(h("li", {}, swatch, `${each.label} `, value));
       return value;
     });
     this.#box.setAttribute("aria-hidden", "true");
+    this.#box.style.minHeight = `${options.height ?? DEFAULT_HEIGHT}px`;
     this.element = h(
-      "section",
+      "figure",
       { class: "card chart", "aria-label": title },
-      h("div", { class: "head" }, h(options.level ?? "h3", { text: title }), this.#when),
+      h("div", { class: "head" }, h("h3", { text: title }), this.#when),
       this.#headline,
       this.#sub,
       this.#box,
@@ -107,7 +111,7 @@ export class Chart {
   #fit() {
     const width = Math.floor(this.#box.clientWidth);
     if (width > 0 && this.#plot && this.#plot.width !== width) {
-      this.#plot.setSize({ width, height: this.#options.height ?? 150 });
+      this.#plot.setSize({ width, height: this.#options.height ?? DEFAULT_HEIGHT });
     }
   }
 
@@ -122,7 +126,7 @@ export class Chart {
   }
 
   #plotOptions() {
-    const { format, right, binary, max = 0, stepped, sync } = this.#options;
+    const { format, right, binary, max = 0, shortest = 60, sync } = this.#options;
     const line = (u) => colour("var(--grid)");
     const axis = (more) => ({
       stroke: () => colour("var(--muted)"),
@@ -139,7 +143,7 @@ export class Chart {
     const axes = [
       axis({
         space: 76,
-        size: 28,
+        size: 24,
         values: (u, splits, i, space, step) =>
           splits.map((split) => (step < 60 ? clock(split) : hourMinute(split))),
       }),
@@ -151,7 +155,7 @@ export class Chart {
       }),
     ];
     const scales = {
-      x: { range: (u, low, high) => [Math.min(low, high - SHORTEST_SECONDS), high] },
+      x: { range: (u, low, high) => [Math.min(low, high - shortest), high] },
       y: { range: range(max) },
     };
     if (right) {
@@ -167,10 +171,9 @@ export class Chart {
         }),
       );
     }
-    const paths = stepped ? globalThis.uPlot.paths.stepped({ align: 1 }) : undefined;
     return {
       width: Math.max(200, Math.floor(this.#box.clientWidth)),
-      height: this.#options.height ?? 150,
+      height: this.#options.height ?? DEFAULT_HEIGHT,
       padding: [8, right ? 0 : 8, 0, 0],
       legend: { show: false },
       cursor: {
@@ -190,9 +193,12 @@ export class Chart {
           dash: each.dash,
           width: 1.5,
           points: { show: false },
-          paths,
         })),
       ],
+      // A stacked series fills only down to the one that it stands on.
+      bands: this.#series.flatMap(({ over }, i) =>
+        over === undefined ? [] : [{ series: [i + 1, over + 1] }],
+      ),
       hooks: {
         setCursor: [
           (u) => {

@@ -80,9 +80,6 @@ export const COLUMNS = [
   }),
   column("method", "Method", (request) => request.method, String, { numeric: false }),
   column("engine", "Engine", (request) => request.engine, count, { onlyWithEngines: true }),
-  column("arrival", "Arrived", (request) => request.arrival, clock),
-  column("prompt", "Prompt tokens", (request) => request.prompt_tokens, count),
-  column("output", "Output tokens", (request) => request.output_tokens, count),
   column("now", "KV now", (request) => request.bytes_held, bytes, {
     make(cell) {
       const bar = memoryBar();
@@ -103,6 +100,9 @@ export const COLUMNS = [
     (ratio) => (ratio == null ? UNKNOWN : ratio.toFixed(2)),
   ),
   column("compactions", "Compac­tions", (request) => request.compactions, number),
+  column("arrival", "Arrived", (request) => request.arrival, clock),
+  column("prompt", "Prompt tokens", (request) => request.prompt_tokens, count),
+  column("output", "Output tokens", (request) => request.output_tokens, count),
   column("seconds", "Time", totalSeconds, seconds),
 ];
 

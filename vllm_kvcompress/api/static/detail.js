@@ -4,6 +4,7 @@ import { Chart } from "./chart.js";
 import { memoryBar, stateText, totalSeconds, uncompressedPeak } from "./columns.js";
 import { facts, h, setChildren, setText } from "./dom.js";
 import {
+  axisBytes,
   bytes,
   count,
   dateTime,
@@ -171,7 +172,10 @@ export class Detail {
       const row =
         this.#rows.rows[i] ??
         h("tr", {}, ...Array.from({ length: 8 }, () => h("td", { class: "numeric" })));
-      const seen = (each.tokens_kept ?? 0) + (each.tokens_removed ?? 0);
+      const seen = ["kept", "removed", "merged"].reduce(
+        (all, what) => all + (each[`tokens_${what}`] ?? 0),
+        0,
+      );
       [
         ...[each.band, each.layers, each.group, each.blocks].map(count),
         ...[each.tokens_kept, each.tokens_removed, each.tokens_merged].map(count),
@@ -183,7 +187,9 @@ export class Detail {
   }
 
   #drawCharts(request, now, config) {
-    const bands = [...new Set((request.bands ?? []).map(({ band }) => band))].sort((a, b) => a - b);
+    const bands = [...new Set((request.bands ?? []).map(({ band }) => band))].sort(
+      (a, b) => (a ?? Infinity) - (b ?? Infinity),
+    );
     if (this.#bands !== bands.join()) this.#makeCharts(bands);
     this.#bands = bands.join();
     this.#history.add(request, now);
@@ -192,30 +198,33 @@ export class Detail {
       config?.block_size,
     );
     if (!time.length) return;
-    const held_now = (request.bands ?? []).reduce((all, { blocks }) => all + (blocks ?? 0), 0);
+    const finished = request.state === "finished";
+    const blocks = (request.bands ?? []).reduce((all, { blocks }) => all + (blocks ?? 0), 0);
     this.#pages.update(
       time,
       [...pages, stock],
-      `${plural(held_now, "page")} now`,
+      `${plural(blocks, "page")} ${finished ? "at its end" : "now"}`,
       `in ${plural(bands.length, "band")}; a page is ${count(config?.block_size)} tokens of one band's layers`,
     );
     this.#memory.update(
       time,
       [held, uncompressed],
-      `${bytes(request.bytes_held)} now`,
-      `stock would hold ${bytes(request.bytes_uncompressed)}`,
+      finished ? `${bytes(request.bytes_peak)} at most` : `${bytes(request.bytes_held)} now`,
+      finished
+        ? `stock would have held up to ${bytes(uncompressedPeak(request))}`
+        : `stock would hold ${bytes(request.bytes_uncompressed)}`,
     );
   }
 
   #makeCharts(bands) {
-    const options = { sync: "detail", height: 200, stepped: true };
+    const options = { sync: "detail", height: 200, shortest: 4 };
     this.#pages?.discard();
     this.#memory?.discard();
     this.#pages = new Chart(
       "Pages per band",
       [
         ...bands.map((band, i) => ({
-          label: `Band ${band}`,
+          label: band === null ? "Other layers" : `Band ${band}`,
           colour: bandColour(i, bands.length),
           format: count,
         })),
@@ -229,7 +238,7 @@ export class Detail {
         { label: "Held", colour: "var(--held)", fill: "var(--held)", format: bytes },
         { label: "Uncompressed", colour: "var(--stock)", format: bytes },
       ],
-      { ...options, format: bytes, binary: true },
+      { ...options, format: axisBytes, binary: true },
     );
     this.#charts.replaceChildren(this.#pages.element, this.#memory.element);
   }

@@ -84,11 +84,9 @@ export class Filters {
 
   /** Say how much is shown of how much. */
   say(shown, fetched, total) {
-    const bounded = total > fetched;
-    const of = bounded ? `the newest ${count(fetched)} of ${count(total)}` : count(fetched);
-    setText(
-      this.#said,
-      shown === fetched && !bounded ? `${of} shown` : `${count(shown)} of ${of} shown`,
-    );
+    const newest = total > fetched ? `newest ${count(fetched)} of ${count(total)}` : "";
+    if (shown === fetched) setText(this.#said, `${newest || count(shown)} shown`);
+    else
+      setText(this.#said, `${count(shown)} of ${newest ? `the ${newest}` : count(fetched)} shown`);
   }
 }

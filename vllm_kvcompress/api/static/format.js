@@ -16,16 +16,24 @@ const known = (format) => (value) =>
 /** At most three significant digits below 1,000, whole numbers above. */
 const short = (value) => (Math.abs(value) < 999.5 ? three : whole).format(value);
 
-/** Bytes in the largest unit that leaves at least 1: "1.53 GiB". */
-export const bytes = known((value) => {
+/** Three significant digits below 1,000, whole numbers above. */
+const exact = (value) => (Math.abs(value) < 999.5 ? value.toPrecision(3) : whole.format(value));
+
+function inUnit(value, format) {
   let unit = 0;
   // Not 1,024: 1,023.7 would be rounded to "1,024 KiB".
   while (Math.abs(value) >= 1023.5 && unit < BYTES.length - 1) {
     value /= 1024;
     unit += 1;
   }
-  return short(value) + NBSP + BYTES[unit];
-});
+  return (unit ? format : whole.format)(value) + NBSP + BYTES[unit];
+}
+
+/** Bytes in the largest unit that leaves at least 1, with three digits: "1.50 GiB". */
+export const bytes = known((value) => inUnit(value, exact));
+
+/** The same for an axis: "1.5 GiB". */
+export const axisBytes = known((value) => inUnit(value, short));
 
 /** A count: "12,345". */
 export const count = known((value) => whole.format(value));

@@ -13,12 +13,12 @@ export class History {
   add(request, now) {
     for (const { band, group } of request.bands ?? []) this.#groups.set(group, band);
     // The server thins its history out: points it has dropped since are kept here.
-    for (const point of request.history ?? []) this.#points.set(point.time, point);
-    const latest = Math.max(0, ...this.#points.keys());
+    for (const point of request.history ?? []) this.#set(point);
+    const latest = Math.max(0, ...[...this.#points.values()].map(({ time }) => time));
     if (request.state === "running" && now > latest) {
       const blocks = [];
       for (const each of request.bands ?? []) blocks[each.group] = each.blocks;
-      this.#points.set(now, {
+      this.#set({
         time: now,
         // While the prompt is computed, only the server's history knows how far it is.
         tokens: request.output_tokens > 0 ? request.prompt_tokens + request.output_tokens : null,
@@ -30,10 +30,19 @@ export class History {
     if (this.#points.size > MOST_POINTS) this.#thin();
   }
 
+  // By time and pages: a compaction is two points of one time, before it and after.
+  #set(point) {
+    this.#points.set(`${point.time} ${point.blocks}`, point);
+  }
+
+  #sorted() {
+    return [...this.#points].sort(([, a], [, b]) => a.time - b.time);
+  }
+
   // Every other point of the older half.
   #thin() {
-    const times = [...this.#points.keys()].sort((a, b) => a - b);
-    for (let i = 1; i < times.length / 2; i += 2) this.#points.delete(times[i]);
+    const sorted = this.#sorted();
+    for (let i = 1; i < sorted.length / 2; i += 2) this.#points.delete(sorted[i][0]);
   }
 
   /**
@@ -43,7 +52,7 @@ export class History {
    *     pages: per band; stock: pages that each KV group would have uncompressed.
    */
   series(bands, blockSize) {
-    const points = [...this.#points.values()].sort((a, b) => a.time - b.time);
+    const points = this.#sorted().map(([, point]) => point);
     const groups = bands.map((wanted) =>
       [...this.#groups].filter(([, band]) => band === wanted).map(([group]) => group),
     );

@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { h } from "./dom.js";
-import { bytes, count, number, percent, seconds, times, UNKNOWN } from "./format.js";
+import { axisBytes, bytes, count, number, percent, seconds, times, UNKNOWN } from "./format.js";
 
 const SHOWN_SECONDS = 300;
 
@@ -10,23 +10,23 @@ export class Overview {
   #memory = new Chart(
     "Memory of the KV cache",
     [
+      { label: "Held by requests", colour: "var(--held)", fill: "var(--held)", format: bytes },
       {
         label: "Cached, unused",
         colour: "var(--cached)",
         fill: "var(--cached)",
         format: bytes,
-        over: 1,
+        over: 0,
       },
-      { label: "Held by requests", colour: "var(--held)", fill: "var(--held)", format: bytes },
       { label: "Stock would hold", colour: "var(--stock)", format: bytes },
       { label: "Pool", colour: "var(--text)", dash: [6, 4], format: bytes },
     ],
-    { format: bytes, binary: true, sync: "overview", height: 210 },
+    { format: axisBytes, binary: true, sync: "overview", height: 178 },
   );
   #saved = new Chart(
     "Saved share",
     [{ label: "Saved", colour: "var(--saved)", fill: "var(--saved-fill)", format: percent }],
-    { format: percent, max: 1, sync: "overview", height: 210 },
+    { format: percent, max: 1, sync: "overview", height: 178 },
   );
   #requests = new Chart(
     "Requests",
@@ -58,7 +58,7 @@ export class Overview {
     this.element = h(
       "section",
       { "aria-labelledby": "now" },
-      h("h2", { id: "now", text: "Now and the last minutes" }),
+      h("h2", { id: "now", class: "hidden", text: "Now and the last minutes" }),
       h("div", { class: "grid two" }, this.#memory.element, this.#saved.element),
       h(
         "div",
@@ -84,7 +84,7 @@ export class Overview {
 
     this.#memory.update(
       time,
-      [recent.cached, recent.held, recent.uncompressed, recent.pool],
+      [recent.held, recent.cached, recent.uncompressed, recent.pool],
       `${bytes(last.held)} of ${bytes(last.pool)} held by running requests`,
       `${ofPool(last.held)} of the pool; stock vLLM would hold ${bytes(last.uncompressed)}, ` +
         `${ofPool(last.uncompressed)} of it`,
@@ -102,7 +102,7 @@ export class Overview {
       time,
       [recent.running, recent.waiting, recent.preempted],
       `${count(last.running)} running`,
-      `${count(last.waiting)} waiting; ${count(last.preempted)} waiting again after a preemption`,
+      `${count(last.waiting)} waiting, ${count(last.preempted)} of them after a preemption`,
     );
     this.#tokens.update(
       time,

@@ -1,17 +1,18 @@
 // The foot of the page: counters since the server started, its settings and bands.
 
 import { facts, h, setChildren, setText } from "./dom.js";
-import { bytes, count, seconds, setting } from "./format.js";
+import { bytes, count, seconds, setting, UNKNOWN } from "./format.js";
 import { addTotals, chosen, sum } from "./samples.js";
 
 const byMethod = (counts) =>
   Object.entries(counts ?? {})
+    .filter(([, value]) => value > 0)
     .map(([method, value]) => `${count(value)} ${method}`)
     .join(", ") || "none";
 
 export class Server {
-  #totals = facts();
-  #settings = facts();
+  #totals = facts("facts wide");
+  #settings = facts("facts wide");
   #bands = h("tbody");
   #card = h(
     "section",
@@ -86,8 +87,8 @@ export class Server {
           ...[
             String(band.band),
             layersText(band.layers ?? []),
-            band.budget == null ? "by share" : count(band.budget),
-            band.keep_ratio == null ? "by count" : String(band.keep_ratio),
+            band.budget == null ? UNKNOWN : count(band.budget),
+            band.keep_ratio == null ? UNKNOWN : String(band.keep_ratio),
             (band.groups ?? []).join(", "),
             bytes(band.bytes_per_block),
           ].map((text) => h("td", { text })),

@@ -34,7 +34,7 @@ export class RequestTable {
     });
     this.#scroller = h(
       "div",
-      { class: "scroller", role: "region", "aria-labelledby": "requests", tabindex: "0" },
+      { class: "scroller", role: "region", "aria-label": "Table of requests", tabindex: "0" },
       h("table", { id: "table" }, h("thead", {}, h("tr", {}, ...heads)), this.#body),
     );
     this.element = h(
