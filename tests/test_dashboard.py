@@ -222,7 +222,6 @@ def test_bars_have_one_scale(live: Dashboard) -> None:
 
 def test_into_a_request_and_back(live: Dashboard) -> None:
     page = live.page
-    page.get_by_label("State").select_option("running")
     live.freeze()
     requests = live.answers("/requests")[-1]["requests"]
     name = next(each["id"] for each in requests if each["output_tokens"] > 20)
@@ -387,7 +386,12 @@ def test_samples_survive_a_restart_and_gaps(live: Dashboard) -> None:
 
     def summary(time: float, *tokens: int | None) -> dict[str, Any]:
         engines = [
-            {**engine, "engine": index, "time": time, "totals": {"output_tokens": value}}
+            {
+                **engine,
+                "engine": index,
+                "time": time,
+                "totals": {"output_tokens": value, "compactions": {}},
+            }
             for index, value in enumerate(tokens)
         ]
         return {"time": time, "engines": engines}
@@ -406,6 +410,7 @@ def test_samples_survive_a_restart_and_gaps(live: Dashboard) -> None:
     assert series["outputTokens"] == [None, 13, 13, 3, None, pytest.approx(3 / 16)]
     assert series["saved"] == [0.75] * 4 + [None, 0.75]
     assert series["promptTokens"] == [None] * 6
+    assert series["compactions"] == [None, 0, 0, 0, None, 0]
 
 
 # For everyone

@@ -76,14 +76,15 @@ function draw() {
 }
 
 function showState() {
-  const time = summary?.time ?? null;
+  // An engine that is stuck shows by its time.
+  const time = summary && Math.min(...summary.engines.map((each) => each.time));
   if (error) {
     const { caught, wait, refused } = error;
     notices.show(caught.kind ?? "gone", { time, message: caught.message, wait, refused });
   } else if (time === null) notices.show("loading");
   else notices.show(poller.paused ? "paused" : "live", { time });
   const main = byId("main");
-  main.dataset.time = time ?? "";
+  main.dataset.time = summary?.time ?? "";
   main.dataset.stale = String(Boolean(error && summary));
   byId("overview").hidden = summary === null || request !== null;
   byId("detail").hidden = summary === null || request === null;

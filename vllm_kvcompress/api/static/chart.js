@@ -174,7 +174,7 @@ export class Chart {
     return {
       width: Math.max(200, Math.floor(this.#box.clientWidth)),
       height: this.#options.height ?? DEFAULT_HEIGHT,
-      padding: [8, right ? 0 : 8, 0, 0],
+      padding: [8, right ? 0 : 24, 0, 0],
       legend: { show: false },
       cursor: {
         y: false,

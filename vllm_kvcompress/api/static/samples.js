@@ -17,7 +17,8 @@ const GAUGES = {
 const COUNTERS = {
   promptTokens: (totals) => totals.prompt_tokens,
   outputTokens: (totals) => totals.output_tokens,
-  compactions: (totals) => sum(Object.values(totals.compactions ?? {})),
+  // By method; before the first one there is none, which is known.
+  compactions: (totals) => totals.compactions && sum([0, ...Object.values(totals.compactions)]),
   compactionSeconds: (totals) => totals.compaction_seconds,
 };
 
