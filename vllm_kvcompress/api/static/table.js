@@ -7,6 +7,9 @@ import { Filters } from "./filters.js";
 /** Most requests that are asked for and shown. */
 export const LIMIT = 200;
 
+/** Clients may use an id again, also on another engine. */
+const rowKey = ({ id, engine, arrival }) => `${id} ${engine} ${arrival}`;
+
 export class RequestTable {
   #sort = { column: COLUMNS.find(({ key }) => key === "arrival"), descending: true };
   #rows = new Map();
@@ -92,7 +95,8 @@ export class RequestTable {
 
   /** Put the focus on a request's link, or on the heading if it is not shown any more. */
   focus(id) {
-    (this.#rows.get(id)?.row.querySelector("a") ?? this.#heading).focus();
+    const row = [...this.#body.rows].find(({ dataset }) => dataset.id === id);
+    (row?.querySelector("a") ?? this.#heading).focus();
   }
 
   #draw() {
@@ -107,8 +111,8 @@ export class RequestTable {
     );
     for (const [column, cell] of this.#heads) cell.hidden = this.#hides(column);
     const rows = shown.map((request) => this.#row(request, scale));
-    const ids = new Set(requests.map(({ id }) => id));
-    for (const id of this.#rows.keys()) if (!ids.has(id)) this.#rows.delete(id);
+    const keys = new Set(requests.map(rowKey));
+    for (const key of this.#rows.keys()) if (!keys.has(key)) this.#rows.delete(key);
     setChildren(this.#body, rows);
     this.filters.say(shown.length, requests.length, total ?? requests.length);
     this.#scroller.hidden = shown.length === 0;
@@ -118,7 +122,7 @@ export class RequestTable {
   #hides = (column) => Boolean(column.onlyWithEngines && this.#engines < 2);
 
   #row(request, scale) {
-    let known = this.#rows.get(request.id);
+    let known = this.#rows.get(rowKey(request));
     if (!known) {
       const row = h("tr");
       row.dataset.id = request.id;
@@ -135,7 +139,7 @@ export class RequestTable {
         };
       });
       known = { row, updates };
-      this.#rows.set(request.id, known);
+      this.#rows.set(rowKey(request), known);
     }
     for (const update of known.updates) update(request, scale);
     return known.row;
