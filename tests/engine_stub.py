@@ -468,7 +468,8 @@ class BookkeepingWorker:
         row, before = request.rows[plan.group], request.holes[plan.group]
         end = before + len(plan.row_ids)
         assert plan.sinks == limits.sinks
-        assert plan.method == "of the request"
+        asked = plan.request_id in self.wishes
+        assert plan.method == ("of the request" if asked else "knorm")
         assert plan.position == request.computed
         assert plan.row_start == before
         assert plan.end == end * self.size, "the sources end elsewhere"
