@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +38,7 @@ from vllm_kvcompress.scheduler.scheduler import (
     KVCompressSchedulerMixin,
 )
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
 from vllm_kvcompress.settings import CONFIG_KEY, Phase
 
 STOP_TOKEN = 9
@@ -97,6 +98,30 @@ def _vllm_config() -> VllmConfig:
             is_encoder_decoder=False,
         ),
     )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a request asks for: other limits than the engine's, and a context."""
+
+    options: EngineOptions
+    context: int | None = None
+
+    def trajectory(self, prompt: int) -> Trajectory:
+        """When a request with these wishes compacts."""
+        return Trajectory(
+            Schedule(
+                method="of the request",
+                phase=self.options.phase,
+                interval=self.options.interval,
+                prune_after=self.options.prune_after,
+                limits=self.options.limits,
+                block_size=self.options.block_size,
+                max_position=MAX_MODEL_LEN,
+            ),
+            prompt,
+            self.context,
+        )
 
 
 def build_scheduler(options: EngineOptions) -> KVCompressSchedulerMixin:
@@ -176,13 +201,15 @@ def block_rows(scheduler: KVCompressSchedulerMixin) -> dict[str, list[list[Any]]
 
 
 def run_alone(
-    options: EngineOptions, texts: Texts, prompt: Sequence[int], outputs: int
+    options: EngineOptions, texts: Texts, prompt: Sequence[int], outputs: int, wishes: Wishes
 ) -> list[Compaction]:
     """Compactions of one request in an engine of its own with room for everything."""
     alone = replace(
         options, num_blocks=500, caching=False, asynchronous=False, priority=False, v2_runner=False
     )
-    scheduler, worker = build_scheduler(alone), BookkeepingWorker(alone, texts)
+    scheduler = build_scheduler(alone)
+    scheduler.kvcompress.trajectory_of = lambda request: wishes.trajectory(len(prompt))
+    worker = BookkeepingWorker(alone, texts, {"0": wishes})
     scheduler.add_request(make_request(alone, "0", prompt, outputs))
     while "0" in scheduler.requests:
         output = scheduler.schedule()
@@ -226,8 +253,12 @@ class WorkerRequest:
     ----------
     tokens, nodes : list of int
         Known tokens, and the prefix that ends at each of them.
+    prompt : int
+        Length of the prompt.
+    wishes : Wishes
+        What the request asks for.
     base : int
-        Leading blocks that are never compacted.
+        Leading blocks' worth of tokens that are left alone from now on.
     rows : list of list of int
         Block table row per group.
     known : list of list of int
@@ -244,11 +275,23 @@ class WorkerRequest:
         Null blocks at the start of each row, and blocks given up.
     computed : int
         Tokens computed so far.
+    passed : bool
+        Whether a token after the context is computed: what follows is noted since then.
+    below : list of int
+        Blocks given up of the context, per group; ``removed`` counts anew.
+    fixed : list of list of int
+        ``front`` as the context left it, per group.
+    behind_context : list of int
+        ``behind`` as the context left it.
+    context_levels : list of tuple of int
+        Levels of the blocks that the context left, per group.
     plans : list of Compaction
         Compactions since the request was started or resumed.
     """
 
     tokens: list[int]
+    prompt: int
+    wishes: Wishes
     base: int
     rows: list[list[int]]
     computed: int
@@ -260,6 +303,11 @@ class WorkerRequest:
     last: list[Compaction | None] = field(init=False)
     holes: list[int] = field(init=False)
     removed: list[int] = field(init=False)
+    passed: bool = False
+    below: list[int] = field(init=False)
+    fixed: list[list[int]] = field(init=False)
+    behind_context: list[int] = field(init=False)
+    context_levels: list[tuple[int, ...]] = field(init=False)
     plans: list[Compaction] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -267,6 +315,43 @@ class WorkerRequest:
         self.front, self.contents = [[] for _ in self.rows], [[] for _ in self.rows]
         self.behind, self.holes, self.removed = [0] * count, [0] * count, [0] * count
         self.last = [None] * count
+        self.below = [0] * count
+        self.fixed = [[] for _ in self.rows]
+        self.behind_context = [0] * count
+        self.context_levels = [() for _ in self.rows]
+
+    def limits(self, group: int) -> Limits | None:
+        """Limits of the next compaction."""
+        limits = self.wishes.options.limits[group]
+        past = self.wishes.context is not None and self.computed > self.wishes.context
+        return replace(limits, sinks=0) if limits is not None and past else limits
+
+    def listed(self, group: int) -> bool:
+        """Whether the row lists a pooled block as often as it stands for blocks."""
+        limits = self.wishes.options.limits[group]
+        return bool(limits and limits.merging and limits.merging.count)
+
+    def first_entry(self, group: int) -> int:
+        """First entry of the row that compaction may change."""
+        if self.listed(group):
+            return self.base
+        return self.base - self.below[group] + self.holes[group]
+
+    def pass_context(self) -> None:
+        """Leave what there is of the prompt alone, once a token after the context is computed."""
+        if self.passed or self.wishes.context is None or self.computed <= self.wishes.context:
+            return
+        size = self.wishes.options.block_size
+        self.base = -(-self.prompt // size)
+        for group, limits in enumerate(self.wishes.options.limits):
+            if limits is None:
+                continue
+            self.context_levels[group] = self.levels(group)
+            self.below[group], self.removed[group] = self.removed[group], 0
+            self.fixed[group] = self.front[group]
+            self.behind_context[group] = self.behind[group]
+            self.contents[group], self.last[group] = [], None
+        self.passed = True
 
     def levels(self, group: int) -> tuple[int, ...]:
         """Levels of the blocks from ``base`` on, as far as a compaction has left them."""
@@ -316,9 +401,12 @@ class BookkeepingWorker:
     the pair of slots that it was pooled from.
     """
 
-    def __init__(self, options: EngineOptions, texts: Texts) -> None:
+    def __init__(
+        self, options: EngineOptions, texts: Texts, wishes: Mapping[str, Wishes] | None = None
+    ) -> None:
+        self.wishes = wishes if wishes is not None else {}
+        self.options = options
         self.size = options.block_size
-        self.limits = options.limits
         self.groups = len(options.limits)
         self.phase = options.phase
         self.texts = texts
@@ -372,11 +460,13 @@ class BookkeepingWorker:
         return [list(slots[i : i + self.size]) for i in range(0, len(slots), self.size)]
 
     def _compact(self, plan: CompactionPlan) -> None:
-        request, limits = self.requests[plan.request_id], self.limits[plan.group]
+        request = self.requests[plan.request_id]
+        limits, listed = request.limits(plan.group), request.listed(plan.group)
         assert limits is not None
         row, before = request.rows[plan.group], request.holes[plan.group]
         end = before + len(plan.row_ids)
-        listed = limits.merging is not None and limits.merging.count
+        assert plan.sinks == limits.sinks
+        assert plan.method == "of the request"
         assert plan.position == request.computed
         assert plan.row_start == before
         assert plan.end == end * self.size, "the sources end elsewhere"
@@ -385,7 +475,7 @@ class BookkeepingWorker:
         assert len(set(plan.sources)) == len(plan.sources)
         assert len(set(plan.destinations)) == len(plan.destinations)
         old = end - request.base - request.removed[plan.group]
-        blocks = list(dict.fromkeys(row[before + request.base : end]))
+        blocks = list(dict.fromkeys(row[request.first_entry(plan.group) : end]))
         assert len(blocks) == old, "the row lists blocks too often or not often enough"
         last = request.last[plan.group]
         step = compaction(limits, plan.position, plan.group, old, old - plan.removed, last)
@@ -471,7 +561,8 @@ class BookkeepingWorker:
         times = [1 << level if merging and merging.count else 1 for level in step.levels]
         assert len(contents) == step.kept
         request.contents[step.group] = contents
-        request.front[step.group] = known[:start]
+        since = request.behind_context[step.group]
+        request.front[step.group] = request.fixed[step.group] + known[since:start]
         for block, count in zip(contents, times, strict=True):
             request.front[step.group] += block * count
         request.behind[step.group] = end
@@ -497,8 +588,11 @@ class BookkeepingWorker:
 
     def _start(self, request: Request, blocks: Sequence[list[int]], computed: int) -> None:
         prompt_blocks = -(-request.num_prompt_tokens // self.size)
+        wishes = self.wishes.get(request.request_id, Wishes(self.options))
         mine = self.requests[request.request_id] = WorkerRequest(
             tokens=list(request.all_token_ids),
+            prompt=request.num_prompt_tokens,
+            wishes=wishes,
             base=prompt_blocks if self.phase == "decode" else 0,
             rows=[list(row) for row in blocks],
             computed=computed,
@@ -525,6 +619,7 @@ class BookkeepingWorker:
                 self.pages[block][position % self.size] = slot
                 request.known[group].append(slot)
         request.computed = end
+        request.pass_context()
 
     def _sample(self, output: SchedulerOutput) -> ModelRunnerOutput:
         names = list(output.num_scheduled_tokens)

@@ -16,6 +16,7 @@ from engine_stub import (
     BookkeepingWorker,
     EngineOptions,
     Texts,
+    Wishes,
     WorkerRequest,
     block_rows,
     build_scheduler,
@@ -69,10 +70,13 @@ class Ledger:
         self.planner = self.scheduler.kvcompress
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.texts = Texts()
-        self.worker = BookkeepingWorker(options, self.texts)
+        self.wishes: dict[str, Wishes] = {}
+        self.worker = BookkeepingWorker(options, self.texts, self.wishes)
+        self.planner.trajectory_of = lambda request: self.wishes[request.request_id].trajectory(
+            request.num_prompt_tokens
+        )
         self.requests: dict[str, Request] = {}
         self.histories: dict[str, list[Compaction]] = {}
-        self._listed = [bool(x and x.merging and x.merging.count) for x in options.limits]
         merging = next(limits.merging for limits in options.limits if limits is not None)
         self._kind = kind_of_merging(merging)
         self._bounds: dict[str, list[int]] = {}
@@ -87,8 +91,9 @@ class Ledger:
 
     # -- driving ----------------------------------------------------------------------
 
-    def add(self, request: Request, bounds: list[int]) -> None:
+    def add(self, request: Request, bounds: list[int], wishes: Wishes) -> None:
         """Add a request; ``bounds`` are the blocks it may hold at the most, per group."""
+        self.wishes[request.request_id] = wishes
         self.requests[request.request_id] = request
         self._unregistered[request.request_id] = request
         self._bounds[request.request_id] = bounds
@@ -96,7 +101,7 @@ class Ledger:
         self.seen["larger than the pool"] += prompt_blocks * len(bounds) >= self.pool.num_gpu_blocks
         length = request.num_prompt_tokens + request.max_tokens
         self._expected[request.request_id] = expected_plans(
-            self.options, request.num_prompt_tokens, length
+            wishes.options, request.num_prompt_tokens, length, wishes.context
         )
         self.scheduler.add_request(request)
 
@@ -214,18 +219,23 @@ class Ledger:
 
     def _held(self, row: list[int], mine: WorkerRequest, group: int) -> list[int]:
         """The blocks in a row, each once; checks that it lists pooled ones often enough."""
-        if not self._listed[group]:
+        if not mine.listed(group):
             holes = mine.holes[group]
             assert row[:holes] == [self.pool.null_block.block_id] * holes
             return row[holes:]
-        place = mine.base
-        held = row[:place]
-        for level in mine.levels(group):
-            times = 1 << level
-            run = row[place : place + times]
-            assert run == run[:1] * times, "a pooled block is not listed for all it stands for"
-            held += run[:1]
-            place += times
+        parts = [(mine.base, mine.levels(group))]
+        if mine.passed:
+            parts.insert(0, (0, mine.context_levels[group]))
+        held, place = [], 0
+        for start, levels in parts:
+            held += row[place:start]
+            place = start
+            for level in levels:
+                times = 1 << level
+                run = row[place : place + times]
+                assert run == run[:1] * times, "a pooled block is not listed for all it stands for"
+                held += run[:1]
+                place += times
         return held + row[place:]
 
     def _register_hashes(self) -> None:
@@ -297,6 +307,7 @@ class Ledger:
                 self.histories[name] = []
                 first = next((p.position for p in self._expected[name]), start + 1)
                 assert start < first, "a hit reaches past a compaction"
+                assert start <= (self.wishes[name].context or start), "a hit reaches past N"
                 self.seen["hits"] += start > 0
                 self._see("replays", request.num_preemptions > 0)
             done = self.histories[name]
@@ -307,6 +318,10 @@ class Ledger:
             assert plans == [p.record for p in due], f"due {due}, sent {plans}"
             assert len(every) == len(done) + len(due), "a chunk runs past a due compaction"
             done += due
+            if (context := self.wishes[name].context) is not None:
+                assert not start < context < start + count, "a chunk runs past the context"
+                self._see("contexts", any(p.position == context for p in due))
+                self._see("generated after a context", any(p.position > context for p in due))
 
     def _check_done(self) -> None:
         """What the worker did to a request is what the request's lengths alone lead to."""
@@ -381,13 +396,8 @@ class Ledger:
 
     def _region(self, group: int, name: str, row: list[Any]) -> list[int]:
         """The blocks of a row that compaction may change, each once, oldest first."""
-        base = 0
-        if self.options.phase == "decode":
-            base = -(-self.requests[name].num_prompt_tokens // self.options.block_size)
         ids = [block.block_id for block in row]
-        if not self._listed[group]:
-            base += self.worker.requests[name].holes[group]
-        return list(dict.fromkeys(ids[base:]))
+        return list(dict.fromkeys(ids[self.worker.requests[name].first_entry(group) :]))
 
     def _check_wait(self, step: Compaction, name: str, row: list[Any]) -> None:
         """A due compaction was not planned: it was before, or there are too few blocks."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from compaction_rule import least_blocks
-from engine_stub import MAX_MODEL_LEN, EngineOptions, make_request, run_alone
+from engine_stub import MAX_MODEL_LEN, EngineOptions, Wishes, make_request, run_alone
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -96,6 +96,14 @@ def engines(draw: st.DrawFn) -> EngineOptions:
     )
 
 
+@st.composite
+def wishes_of_requests(draw: st.DrawFn) -> tuple[str, int, int, int | None]:
+    """Whether and how a request is compressed: kind, more blocks, ``prune_after``, context."""
+    kind = draw(st.sampled_from(["as the server", "as the server", "own", "evict", "none"]))
+    context = draw(st.one_of(st.none(), st.integers(1, 100)))
+    return kind, draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 20])), context
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Random arrivals, steps, late outputs, aborts and cache resets."""
 
@@ -114,13 +122,22 @@ class LedgerMachine(RuleBasedStateMachine):
         outputs=st.integers(1, 40),
         priority=st.integers(0, 2),
         copies=st.sampled_from([1, 1, 2, 4]),
+        wish=wishes_of_requests(),
     )
     def arrive(
-        self, document: int, length: int, ending: int, outputs: int, priority: int, copies: int
+        self,
+        document: int,
+        length: int,
+        ending: int,
+        outputs: int,
+        priority: int,
+        copies: int,
+        wish: tuple[str, int, int, int | None],
     ) -> None:
         self.ledger.seen["rules"] += 1
         while True:
-            bounds = self._bounds(length, length + outputs)
+            wishes = self._wishes(length, *wish)
+            bounds = self._bounds(wishes, length, length + outputs)
             if sum(bounds) < self.options.num_blocks:
                 break
             length, outputs = -(-length // 2), -(-outputs // 2)
@@ -128,12 +145,33 @@ class LedgerMachine(RuleBasedStateMachine):
         prompt[-1] = ending or prompt[-1]
         for _ in range(copies):
             request = make_request(self.options, str(self.count), prompt, outputs, priority)
-            self.ledger.add(request, bounds)
+            self.ledger.add(request, bounds, wishes)
             self.count += 1
 
-    def _bounds(self, prompt: int, length: int) -> list[int]:
+    def _wishes(
+        self, prompt: int, kind: str, blocks: int, prune_after: int, context: int | None
+    ) -> Wishes:
+        options = self.options
+        if kind != "as the server":
+            limits = [own and self._own(own, kind, blocks) for own in options.limits]
+            options = replace(options, limits=tuple(limits), prune_after=prune_after)
+            self.ledger.seen[f"requests that ask: {kind}"] += 1
+        fits = context is not None and options.phase != "decode" and kind != "none"
+        return Wishes(options, min(context, prompt) if fits else None)
+
+    def _own(self, limits: Limits, kind: str, blocks: int) -> Limits | None:
+        """Limits of a request that asks for others than the server's."""
+        if kind == "none":
+            return None
+        if limits.budget is not None:
+            limits = replace(limits, budget=limits.budget + blocks * limits.block_size)
+        else:
+            limits = replace(limits, ratio=Fraction(1 + 5 * blocks, 20))
+        return replace(limits, merging=None) if kind == "evict" else limits
+
+    def _bounds(self, wishes: Wishes, prompt: int, length: int) -> list[int]:
         """What the planner promises; the ledger checks that it keeps the promise."""
-        trajectory = Trajectory(self.ledger.planner.schedule, prompt)
+        trajectory = wishes.trajectory(prompt)
         return [trajectory.peak_blocks(g, length) for g in range(len(self.options.limits))]
 
     @rule(steps=st.integers(1, 12), lag=st.integers(0, 2))
@@ -175,7 +213,11 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         request = max(done, key=lambda r: r.num_preemptions)
         alone = run_alone(
-            self.options, self.ledger.texts, request.prompt_token_ids, request.num_output_tokens
+            self.options,
+            self.ledger.texts,
+            request.prompt_token_ids,
+            request.num_output_tokens,
+            self.ledger.wishes[request.request_id],
         )
         # Steps that were under way when the request stopped do not count.
         mine = self.ledger.histories[request.request_id]
@@ -202,11 +244,13 @@ def assert_saw_everything() -> None:
     """A campaign that never met a situation proves nothing about it."""
     situations = """
         plans, hits, clipped hits, replays, preemptions, waits, dropped plans, aborts, resets,
-        in place, in place once hashed, into fresh blocks, shared sources, larger than the pool
+        in place, in place once hashed, into fresh blocks, shared sources, larger than the pool,
+        contexts, generated after a context, requests that ask: own,
+        requests that ask: evict, requests that ask: none
     """
     of_every_kind = """
         plans, replays, preemptions, waits, dropped plans, in place, in place once hashed,
-        into fresh blocks, shared sources
+        into fresh blocks, shared sources, contexts, generated after a context
     """
     of_merging = "plans of pooled blocks, high levels, blocks left alone"
     wanted = names(situations)

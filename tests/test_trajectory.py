@@ -338,7 +338,11 @@ def test_context_that_is_the_whole_prompt() -> None:
     """As without it, but that what is generated compacts by itself."""
     limits = Limits(8, None, sinks=0, recent=0, block_size=4)
     options = EngineOptions((limits,), block_size=4, interval=4)
-    assert steps_of(Trajectory(schedule_of(options), 32), 42) == [(32, 8, 2), (36, 3, 2), (40, 3, 2)]
+    assert steps_of(Trajectory(schedule_of(options), 32), 42) == [
+        (32, 8, 2),
+        (36, 3, 2),
+        (40, 3, 2),
+    ]
     walk = Trajectory(schedule_of(options), 32, context_tokens=32)
     assert steps_of(walk, 48) == [(32, 8, 2), (44, 3, 2)]
 
