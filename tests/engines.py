@@ -68,12 +68,22 @@ class Engine:
         )
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, **added: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        wishes: Sequence[dict[str, Any]] | None = None,
+        **added: Any,
     ) -> list[Generation]:
-        """Run prompts (token ids) together, greedily."""
+        """Run prompts (token ids) together, greedily; ``wishes`` are settings of each."""
+        params = [
+            self.params(max_tokens, **added, extra_args=prefixed(own))
+            if own
+            else self.params(max_tokens, **added)
+            for own in wishes or [{}] * len(prompts)
+        ]
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
-            self.params(max_tokens, **added),
+            params,
             use_tqdm=False,
         )
         return [
@@ -89,6 +99,11 @@ class Engine:
             )
             for output in outputs
         ]
+
+
+def prefixed(wishes: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a request as keys of its ``extra_args``."""
+    return {f"kvcompress_{key}": value for key, value in wishes.items()}
 
 
 @contextmanager

@@ -66,6 +66,7 @@ def test_a_chosen_block_size_stays(deep_llama: Path) -> None:
         ({"pyramid_beta": -1.0}, "pyramid_beta=-1.0"),
         ({"skip_layers": [30]}, "layers 0 to 29"),
         ({"budget": 63}, "at least two blocks, 64 tokens"),
+        ({"keep_ratio": 0.5, "max_budget": 63}, "max_budget=63 is not allowed: budget=63"),
         ({"budget": 128, "recent_tokens": 100}, "do not fit the smallest band"),
         ({"bands": 4}, "nearest good choices are 2, 3, 5"),
         ({"bands": 4, "skip_layers": [0, 1]}, "nearest good choices are"),

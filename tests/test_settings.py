@@ -18,6 +18,10 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"budget": "512"}, ["budget='512'", "valid integer"]),
     ({"budget": 512.0}, ["budget=512.0", "valid integer"]),
     ({"budget": True}, ["budget=True", "valid integer"]),
+    ({"max_budget": 0}, ["max_budget=0", "greater than or equal to 1"]),
+    ({"max_budget": "all"}, ["max_budget='all'", "valid integer"]),
+    ({"budget": 512, "max_budget": 511}, ["max_budget (511)", "less than budget (512)"]),
+    ({"max_budget": 512}, ["max_budget (512)", f"less than budget ({DEFAULT_BUDGET})"]),
     ({"keep_ratio": 0.0}, ["keep_ratio=0.0", "greater than 0"]),
     ({"keep_ratio": 1.5}, ["keep_ratio=1.5", "less than or equal to 1"]),
     ({"keep_ratio": float("nan")}, ["keep_ratio=nan", "less than or equal to 1"]),
@@ -80,6 +84,21 @@ def test_defaults() -> None:
 )
 def test_token_budget(raw: dict[str, Any], budget: int | None) -> None:
     assert parse_settings(raw).token_budget == budget
+
+
+@pytest.mark.parametrize(
+    ("raw", "largest"),
+    [
+        ({}, None),
+        ({"max_budget": 4096}, 4096),
+        ({"keep_ratio": 0.5, "max_budget": 64}, 64),
+        ({"phase": "during_prefill"}, DEFAULT_BUDGET),
+        ({"phase": "during_prefill", "budget": 64, "max_budget": 96}, 96),
+        ({"phase": "during_prefill", "keep_ratio": 0.5}, None),
+    ],
+)
+def test_largest_budget_of_a_request(raw: dict[str, Any], largest: int | None) -> None:
+    assert parse_settings(raw).largest_budget == largest
 
 
 @pytest.mark.parametrize("method", [*METHODS, "none"])

@@ -103,7 +103,7 @@ def _check(keys: dict[str, Any], prompt_tokens: int, max_tokens: int, config: Vl
             f"{', '.join(f'{key}={value}' for key, value in keys.items())} cannot be served: a "
             f"prompt of {prompt_tokens} tokens with up to {max_tokens} generated ones would hold "
             f"{most} blocks at once, and the pool has {pool}; allowed is what holds fewer, by a "
-            "smaller budget, keep_ratio or prune_after, an earlier question or fewer max_tokens."
+            "smaller budget, keep_ratio or prune_after, a longer context or fewer max_tokens."
         )
 
 

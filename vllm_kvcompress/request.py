@@ -154,16 +154,17 @@ def refusal(name: str, value: Any, reason: str) -> SettingsError:
 
 def _read(keys: dict[str, Any]) -> RequestSettings:
     raw = {key.removeprefix(PREFIX): value for key, value in keys.items()}
+    for name, value in raw.items():
+        if name not in RequestSettings.model_fields:
+            allowed = ", ".join(PREFIX + known for known in RequestSettings.model_fields)
+            raise SettingsError(
+                f"unknown key {_shown(PREFIX + name)} (value {_shown(value)}); allowed are "
+                f"{allowed}."
+            )
     try:
         return RequestSettings.model_validate(raw)
     except ValidationError as error:
         name = str(error.errors(include_url=False, include_context=False)[0]["loc"][0])
-    if name not in RequestSettings.model_fields:
-        allowed = ", ".join(PREFIX + known for known in RequestSettings.model_fields)
-        raise SettingsError(
-            f"unknown key {_shown(PREFIX + name)} (value {_shown(raw[name])}); allowed are "
-            f"{allowed}."
-        )
     meant = RequestSettings.model_fields[name].description
     raise refusal(name, raw[name], f"it must be {meant}")
 
@@ -186,4 +187,4 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # Numbers of more than 4,300 digits, for one.
         return f"(a value of type {type(value).__name__})"
-    return text if len(text) <= 80 else f"{text[:76]} ..."
+    return text if len(text) <= 80 else f"{text[:76]}…"
