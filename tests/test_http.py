@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ INTERVAL = 32
 CONTEXT = 8192
 
 OPTIONS = ["--dtype", "bfloat16", "--kvcompress-budget", str(BUDGET)]
-OPTIONS += ["--kvcompress-interval", str(INTERVAL)]
+OPTIONS += ["--kvcompress-interval", str(INTERVAL), "--kvcompress-max-budget", "512"]
 # vLLM's default of 0 kills the engine core at once, and with it the totals in the log.
 OPTIONS += ["--shutdown-timeout", "60"]
 
@@ -286,6 +287,153 @@ def post(server: Server, body: str) -> Any:
 def serves_on(server: Server) -> bool:
     body = {"model": MODEL, "prompt": "Hi", "max_tokens": 1}
     return server.healthy() and post(server, json.dumps(body)).status_code == 200
+
+
+# Settings of a request
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Hi there", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+}
+every_endpoint = pytest.mark.parametrize("path", BODIES)
+streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+def ask_for(server: Server, path: str, xargs: Any, **added: Any) -> Any:
+    """An answer to a short request with ``vllm_xargs``."""
+    body = {"model": MODEL, "temperature": 0, **BODIES[path], "vllm_xargs": xargs, **added}
+    return server.http.post(
+        path,
+        content=json.dumps(body),
+        headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
+    )
+
+
+@every_endpoint
+@streamed_or_not
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("kvcompress_budgte", 512, "allowed are kvcompress_enabled, kvcompress_method, kvcompress"),
+        (
+            "kvcompress_budget",
+            "many",
+            "kvcompress_budget='many' is not allowed: it must be a whole",
+        ),
+        ("kvcompress_budget", 256.0, "kvcompress_budget=256.0 is not allowed"),
+        ("kvcompress_budget", [256], "kvcompress_budget=[256] is not allowed"),
+        ("kvcompress_budget", 513, "the server's max_budget allows up to 512"),
+        ("kvcompress_budget", 96, "it must be at least 128"),
+        ("kvcompress_keep_ratio", 0, "it must be a number above 0 and up to 1"),
+        ("kvcompress_method", "merge", "allowed are knorm, keydiff, streaming, random;"),
+        ("kvcompress_enabled", 2, "it must be 0 or 1"),
+        ("kvcompress_prune_after", -1, "it must be a whole number of tokens from 0"),
+        ("kvcompress_context_tokens", 5000, "the context is a part of it"),
+    ],
+)
+def test_setting_that_cannot_be(
+    key: str, value: Any, said: str, stream: bool, path: str, server: Server
+) -> None:
+    """A 400 with one sentence, whether the answer was to be streamed or not."""
+    answer = ask_for(server, path, {key: value}, stream=stream)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert said in error["message"] and key in error["message"]
+    assert error["param"] == key
+
+
+@every_endpoint
+@streamed_or_not
+def test_settings_that_can_be(stream: bool, path: str, server: Server) -> None:
+    for wishes in (
+        {"enabled": 0, "report": 1},
+        {"method": "keydiff", "budget": 512, "prune_after": 1},
+        {"method": "streaming", "keep_ratio": 0.5},
+        {"context_tokens": 1},
+    ):
+        xargs = {f"kvcompress_{key}": value for key, value in wishes.items()}
+        answer = ask_for(server, path, {**xargs, "of_others": [1, 2]}, stream=stream)
+        assert answer.status_code == 200, answer.text
+        assert "error" not in answer.text.split("[DONE]")[0] or not stream
+
+
+def test_question_after_a_compressed_context(server: Server, client: openai.OpenAI) -> None:
+    """The password is found by a question that the compression did not see."""
+    prompt = haystack("strawberry", 62, 0.5)
+    context, question = prompt.split("\nThe secret")[0], "\nThe secret"
+    tokenized = server.http.post(
+        "/tokenize",
+        json={"model": MODEL, "prompt": context},
+        headers={"Authorization": f"Bearer {API_KEY}"},
+    ).json()
+    tokens = tokenized["count"]
+    before = server.metrics()["vllm:prompt_tokens_total"]
+    for _ in range(2):
+        answer = complete(
+            client,
+            context + question,
+            8,
+            extra_body={"vllm_xargs": {"kvcompress_context_tokens": tokens}},
+        )
+        assert answer.choices[0].text.startswith(" password is strawberry.")
+        assert tokens < answer.usage.prompt_tokens
+    assert server.metrics()["vllm:prompt_tokens_total"] > before
+
+
+def bad_xargs(draw: random.Random) -> Any:
+    """``vllm_xargs`` of which no part can be used."""
+    text = "".join(chr(draw.randrange(1, 0xE000)) for _ in range(draw.randrange(1, 8)))
+    number = draw.choice([-1, -(2**40), 2**40, 2**70, -0.5, 1e300, float("nan"), float("inf")])
+    name = draw.choice(["budget", "prune_after", "context_tokens", "keep_ratio", "enabled"])
+    wrong = draw.choice([text, number, [], [1, 2], ["a"], "", str(draw.randrange(500)), 0.123])
+    while name == "keep_ratio" and wrong == 0.123:
+        name = draw.choice(["budget", "prune_after", "context_tokens", "enabled"])
+    bad = draw.choice(
+        [
+            {f"kvcompress_{name}": wrong},
+            {f"kvcompress_{text}": draw.choice([wrong, 1])},
+            {"kvcompress_method": wrong},
+            {"kvcompress_budget": 256, "kvcompress_keep_ratio": 0.5},
+            {"kvcompress_budget": draw.choice([1, 64, 96, 513, 10**9])},
+            {"kvcompress_context_tokens": draw.randrange(CONTEXT, 10**6)},
+            {"kvcompress_budget": None},
+            {"kvcompress_budget": {"tokens": 256}},
+            {"kvcompress_budget": [[256]]},
+            [text],
+            text,
+        ]
+    )
+    if isinstance(bad, dict) and draw.random() < 0.3:
+        bad = {"kvcompress_report": 0, "session": "a", **bad}
+    return bad
+
+
+@pytest.mark.parametrize(
+    "count", [40, pytest.param(500, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_bad_bodies(count: int, server: Server, client: openai.OpenAI) -> None:
+    """None gets through, none is an error of the server, and the engine goes on answering."""
+    draw = random.Random(count)
+    wanted = complete(client, "The capital of France is", 4).choices[0].text
+    for number in range(count):
+        xargs = bad_xargs(draw)
+        path = draw.choice(list(BODIES))
+        answer = ask_for(server, path, xargs, stream=draw.random() < 0.5)
+        assert answer.status_code == 400, (path, xargs, answer.text)
+        assert answer.json()["error"]["message"]
+        if number % 10 == 9:
+            xargs = {"kvcompress_method": "random", "kvcompress_context_tokens": 3}
+            found = complete(
+                client,
+                "The capital of France is",
+                4,
+                extra_body={"vllm_xargs": draw.choice([xargs, {}])},
+            )
+            assert found.choices[0].text == wanted
+    assert serves_on(server)
+    assert wait_until(lambda: at_rest(server), 30)
 
 
 def test_client_that_disconnects(server: Server, client: openai.OpenAI) -> None:

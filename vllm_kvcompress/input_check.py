@@ -2,12 +2,13 @@
 
 Requests without a ``kvcompress_`` key pass untouched. Those of a server that does not
 compress are refused if they have one: they would be answered with a whole cache, and nobody
-would know. So are beam searches that vLLM takes apart before this point, whose keys it drops.
+would know. Beam searches are not checked: vLLM drops such keys before.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.bands import group_layout, plan_bands
@@ -24,34 +25,93 @@ def wrap_process_inputs() -> None:
     """Check every request before the engine core sees it. Idempotent.
 
     Target: ``InputProcessor.process_inputs``. Why: chat, completions, responses and offline
-    use all pass it with the finished prompt, an error from here is an HTTP 400, and no plugin
-    hook exists there (``validate_params`` of custom logits processors would be one, but
-    stops the V2 model runner). How: wrapped on the class; the check looks at what vLLM's own
-    checks let through. Upstream plan: a list of request validators that plugins can add to.
+    use all pass it with the finished prompt, and no plugin hook exists there
+    (``validate_params`` of custom logits processors would be one, but stops the V2 model
+    runner). How: wrapped on the class; the check looks at what vLLM's own checks let through.
+    Upstream plan: a list of request validators that plugins can add to.
     """
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
-    if getattr(original, CONFIG_KEY, False):
+    if hasattr(original, CONFIG_KEY):
         return
 
     @functools.wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> EngineCoreRequest:
         request = original(self, *args, **kwargs)
-        check(request, self.vllm_config)
+        if keys := _keys(request.sampling_params):
+            length = length_from_prompt_token_ids_or_embeds(
+                request.prompt_token_ids, request.prompt_embeds
+            )
+            check(keys, length, request.sampling_params.max_tokens, self.vllm_config)
         return request
 
     setattr(process_inputs, CONFIG_KEY, True)
     InputProcessor.process_inputs = process_inputs
 
 
-def check(request: EngineCoreRequest, config: VllmConfig) -> None:
+def wrap_streams() -> None:
+    """Check requests for streamed answers before the answer begins. Idempotent.
+
+    Targets: ``AsyncLLM.generate`` and ``OpenAIServingResponses._generate_with_builtin_tools``.
+    Why: they are generators, so that inputs are processed when a streamed answer has begun
+    with status 200; a refusal would come as an event inside it. How: wrapped by functions
+    that check and then call. Upstream plan: process inputs before the response is made.
+    """
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM.generate
+    if hasattr(original, CONFIG_KEY):
+        return
+
+    @functools.wraps(original)
+    def generate(
+        self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        _check_rendered(prompt, sampling_params, self.vllm_config)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    with_tools = OpenAIServingResponses._generate_with_builtin_tools
+
+    @functools.wraps(with_tools)
+    def generate_with_tools(
+        self: OpenAIServingResponses, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        config = self.engine_client.vllm_config
+        _check_rendered(kwargs.get("engine_input"), kwargs.get("sampling_params"), config)
+        return with_tools(self, *args, **kwargs)
+
+    setattr(generate, CONFIG_KEY, True)
+    AsyncLLM.generate = generate
+    OpenAIServingResponses._generate_with_builtin_tools = generate_with_tools
+
+
+def _check_rendered(prompt: Any, params: Any, config: VllmConfig) -> None:
+    """Check a request whose prompt is rendered; others are checked with their inputs."""
+    keys = _keys(params)
+    if keys and isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+        check(keys, len(prompt["prompt_token_ids"]), params.max_tokens, config)
+
+
+def _keys(params: Any) -> dict[str, Any]:
+    # Pooling and beam search have no such arguments.
+    return own_keys(getattr(params, "extra_args", None))
+
+
+def check(
+    keys: dict[str, Any], prompt_tokens: int, max_tokens: int | None, config: VllmConfig
+) -> None:
     """Refuse a request whose ``kvcompress_`` keys cannot be used.
 
     Parameters
     ----------
-    request : EngineCoreRequest
-        As vLLM would send it to the engine core.
+    keys : dict
+        The request's.
+    prompt_tokens : int
+    max_tokens : int or None
+        Tokens that it may generate; ``None`` for as many as the model has room for.
     config : VllmConfig
 
     Raises
@@ -59,16 +119,12 @@ def check(request: EngineCoreRequest, config: VllmConfig) -> None:
     VLLMValidationError
         One sentence; over HTTP a 400.
     """
-    params = request.sampling_params
-    keys = own_keys(params.extra_args) if params is not None else {}
-    if params is None or not keys:
-        return
     from vllm.exceptions import VLLMValidationError
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-    prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    if max_tokens is None:
+        max_tokens = config.model_config.max_model_len - prompt_tokens
     try:
-        _check(keys, prompt, params.max_tokens or 1, config)
+        _check(keys, prompt_tokens, max_tokens, config)
     except SettingsError as error:
         message = str(error)
         named = [key for key in keys if key in message]

@@ -19,10 +19,7 @@ def register() -> None:
     for, which is then refused: stock serving must not break because we are installed.
     """
     if problem_with_version() is None:
-        from vllm_kvcompress.input_check import wrap_process_inputs
-
         _register_spec()
-        wrap_process_inputs()
     _wrap_create_engine_config()
 
 
@@ -58,6 +55,16 @@ def _register_spec() -> None:
     )
 
 
+def _check_requests(arguments: list[Any]) -> None:
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_kvcompress.input_check import wrap_process_inputs, wrap_streams
+
+    wrap_process_inputs()
+    if UsageContext.OPENAI_API_SERVER in arguments:
+        wrap_streams()
+
+
 def _wrap_create_engine_config() -> None:
     """Fill in scheduler and worker after vLLM made its choices.
 
@@ -75,6 +82,9 @@ def _wrap_create_engine_config() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        if problem_with_version() is None:
+            # Only processes that take in requests come here, and all of them do.
+            _check_requests([*args, *kwargs.values()])
         # vLLM also takes objects here; they are somebody else's.
         if not isinstance(self.additional_config, dict) or CONFIG_KEY not in self.additional_config:
             return original(self, *args, **kwargs)
