@@ -22,6 +22,9 @@ change):
 * ``during_prefill``: the same, and ``j * interval < P``, ``j >= 1``;
 * ``decode``: ``P + j * interval``, ``j >= 1``.
 
+With a context of ``N`` prompt tokens the grid is, up to ``N``, that of a prompt of ``N`` tokens,
+and after it ``P + j * interval``, ``j >= 1``.
+
 Nothing happens while ``t < prune_after``, nor after the last computed token: the last
 decoded token is drawn but never computed.
 
@@ -31,7 +34,8 @@ Layers in ``skip_layers`` belong to no band and keep everything. For each band, 
 budget in tokens and ``f`` its share:
 
 * ``base``: ``ceil(P / bs) * bs`` in phase ``decode``, else 0. The tokens at positions below
-  ``base`` are never touched and do not count; with a base there are no sinks.
+  ``base`` are never touched and do not count; with a base there are no sinks. With a context
+  it is 0 up to ``N``, then as in phase ``decode``, and ``keep_ratio`` is a share of ``t - base``.
 * ``n``: live tokens per head, minus ``base``.
 * ``e = max(0, (n - recent_tokens) // bs)``: the oldest ``e * bs`` live tokens after ``base``
   are the candidates; the other ``u = n - e * bs`` stay.
@@ -145,8 +149,15 @@ class OracleResult:
 # When and how many.
 
 
-def is_grid_position(settings: Settings, prompt_length: int, position: int) -> bool:
+def is_grid_position(
+    settings: Settings, prompt_length: int, position: int, context: int | None = None
+) -> bool:
     """Whether a compaction may happen with ``position`` tokens computed."""
+    if context is not None:
+        if position > context:
+            generated = position - prompt_length
+            return generated > 0 and generated % settings.interval == 0
+        prompt_length = context
     past_prompt = position - prompt_length
     if past_prompt < 0:
         during = settings.phase == "during_prefill"
@@ -217,6 +228,7 @@ def planned_blocks(
     live: int,
     budget: int | None,
     share: Fraction,
+    since: int = 0,
 ) -> tuple[int, int] | None:
     """Decide on a band's compaction at a grid position.
 
@@ -233,6 +245,8 @@ def planned_blocks(
         Budget of the band in tokens; unused with ``keep_ratio``.
     share : Fraction
         Share of the band; used with ``keep_ratio`` only.
+    since : int
+        Position from which tokens count for ``keep_ratio``.
 
     Returns
     -------
@@ -248,7 +262,7 @@ def planned_blocks(
     sink_blocks = math.ceil(Fraction(sinks, block_size))
     at_least = sink_blocks + 1 if settings.method == "merge" else max(sink_blocks, 1)
     if settings.keep_ratio is not None:
-        target = math.ceil(Fraction(str(settings.keep_ratio)) * share * position)
+        target = math.ceil(Fraction(str(settings.keep_ratio)) * share * (position - since))
         k = max(math.ceil(Fraction(target - u, block_size)), at_least)
     elif n > budget:
         k = max((budget - u) // block_size, at_least)
@@ -408,6 +422,7 @@ class DenseOracle:
         num_decode: int,
         forced_tokens: Sequence[int] | None = None,
         forced_kept: Mapping[tuple[int, int], torch.Tensor] | None = None,
+        context: int | None = None,
     ) -> OracleResult:
         """Compute the prompt and decode.
 
@@ -423,6 +438,8 @@ class DenseOracle:
             ``[kv_heads, live]``, instead of the oracle's choice: to follow another
             implementation through near ties. :attr:`Compaction.kept` still holds the
             oracle's own choice, made from the state that was followed until then.
+        context : int, optional
+            Prompt tokens that are compressed before the others are computed.
 
         Returns
         -------
@@ -443,18 +460,19 @@ class DenseOracle:
         logprobs = []
         forced_kept = forced_kept or {}
 
-        cuts = [
-            position
-            for position in range(1, prompt_length)
-            if is_grid_position(self.settings, prompt_length, position)
-        ]
+        def is_grid(position: int) -> bool:
+            return is_grid_position(self.settings, prompt_length, position, context)
+
+        cuts = [position for position in range(1, prompt_length) if is_grid(position)]
         for end in [*cuts, prompt_length]:
-            if is_grid_position(self.settings, prompt_length, self._computed):
+            if is_grid(self._computed):
                 compactions += self._compact(forced_kept)
             hidden = self._forward(prompt_ids[self._computed : end])
         for step in range(num_decode):
             if step:
-                if is_grid_position(self.settings, prompt_length, self._computed):
+                if context is not None and self._computed > context:
+                    self._base = math.ceil(prompt_length / self.block_size) * self.block_size
+                if is_grid(self._computed):
                     compactions += self._compact(forced_kept)
                 hidden = self._forward(tokens[-1:])
             logprobs.append(self.model.lm_head(hidden).float().log_softmax(-1))
@@ -518,11 +536,12 @@ class DenseOracle:
             planned = planned_blocks(
                 self.settings,
                 self.block_size,
-                self._base,
+                self._untouched(layers[0]),
                 position,
                 live,
                 budget,
                 self.shares[band],
+                self._base,
             )
             if planned is None:
                 continue
@@ -550,17 +569,22 @@ class DenseOracle:
     def _compact_layer(self, layer: int, compaction: Compaction) -> None:
         """Choose the tokens of one layer that stay; fill the layer's part of the record."""
         keep = compaction.kept_blocks * self.block_size
-        stop = self._base + compaction.candidate_blocks * self.block_size
+        base = self._untouched(layer)
+        stop = base + compaction.candidate_blocks * self.block_size
         # nonzero is ordered by head, then position.
         live = self._alive[layer].nonzero()[:, 1].view(self.kv_heads, -1)
-        candidates = live[:, self._base : stop]
+        candidates = live[:, base:stop]
         keys = self._keys[layer].gather(1, candidates[..., None].expand(-1, -1, self.head_dim))
         scores = candidate_scores(self.settings, keys, layer, compaction.position)
         scores[:, : 0 if self._base else self.settings.sink_tokens] = math.inf
         chosen = candidates[best_candidates(scores, keep)].view(self.kv_heads, keep)
         compaction.candidates[layer] = candidates
         compaction.scores[layer] = scores
-        compaction.kept[layer] = torch.cat([live[:, : self._base], chosen, live[:, stop:]], 1)
+        compaction.kept[layer] = torch.cat([live[:, :base], chosen, live[:, stop:]], 1)
+
+    def _untouched(self, layer: int) -> int:
+        """Live tokens below the base: fewer than it where a context was compressed."""
+        return int(self._alive[layer, 0, : self._base].sum())
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

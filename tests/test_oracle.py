@@ -39,6 +39,8 @@ class Case:
     compactions: int
     """At least at so many positions."""
     decoded: int = 64
+    context: int | None = None
+    """Prompt tokens compressed before the others are computed."""
 
 
 CASES = {
@@ -69,9 +71,35 @@ CASES = {
         },
         3,
     ),
+    "knorm-context": Case(
+        {"method": "knorm", "budget": 96, "recent_tokens": 16, "interval": 32},
+        2,
+        decoded=150,
+        context=1509,
+    ),
 }
 
 SLOW = {
+    "keydiff-context-during-prefill": Case(
+        {
+            "method": "keydiff",
+            "budget": 160,
+            "recent_tokens": 16,
+            "bands": 6,
+            "pyramid_beta": 2.0,
+            "phase": "during_prefill",
+            "interval": 256,
+        },
+        3,
+        decoded=400,
+        context=1300,
+    ),
+    "knorm-context-ratio": Case(
+        {"method": "knorm", "keep_ratio": 0.25, "recent_tokens": 16, "interval": 32},
+        3,
+        decoded=150,
+        context=1509,
+    ),
     "knorm-256-pyramid": Case(
         {"method": "knorm", "budget": 256, "bands": 6, "pyramid_beta": 1.5, "interval": 16},
         3,
@@ -124,14 +152,25 @@ def test_paged_equals_dense_slow(name: str, smollm: Path, dense: Any, prompt: li
 
 def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
     with engines.engine(model, case.settings) as engine:
-        (found,) = engine.generate([prompt], case.decoded)
+        wishes = {"context_tokens": case.context} if case.context else {}
+        (found,) = engine.generate([prompt], case.decoded, [wishes])
         kept = engine.kept
 
     settings = parse_settings(case.settings)
     layers, budgets = band_budgets(settings, NUM_LAYERS, BLOCK, settings.bands or 1)
     oracle = DenseOracle(dense, settings, BLOCK, layers, budgets)
-    live = live_positions(kept, untouched_base(settings, BLOCK, len(prompt)))
-    wanted = oracle.run(prompt, case.decoded, forced_tokens=found.tokens, forced_kept=live)
+    base = untouched_base(settings, BLOCK, len(prompt))
+    if case.context:
+        # Positions tell the prompt's last block from generated tokens, once it is full.
+        base = -(-len(prompt) // BLOCK) * BLOCK
+    live = live_positions(kept, base, case.context or 0)
+    wanted = oracle.run(
+        prompt,
+        case.decoded,
+        forced_tokens=found.tokens,
+        forced_kept=live,
+        context=case.context,
+    )
 
     expected = [(c.position, layer) for c in wanted.compactions for layer in c.kept]
     assert sorted(expected) == sorted(live)
@@ -148,9 +187,13 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
 
 
 def live_positions(
-    kept: list[tuple[Any, int, torch.Tensor]], base: int
+    kept: list[tuple[Any, int, torch.Tensor]], fixed: int, context: int = 0
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """Positions in the cache after each compaction, ``[kv_heads, live]``, by (position, layer)."""
+    """Positions in the cache after each compaction, ``[kv_heads, live]``, by (position, layer).
+
+    Tokens at positions below ``fixed`` are left alone, from the first compaction after
+    ``context`` tokens on.
+    """
     live: dict[tuple[int, int], torch.Tensor] = {}
     current: dict[int, tuple[int, torch.Tensor]] = {}
     for plan, layer, indices in kept:
@@ -158,6 +201,7 @@ def live_positions(
         since, before = current.get(layer, (0, torch.empty(heads, 0, dtype=torch.int64)))
         new = torch.arange(since, plan.position).expand(heads, -1)
         everything = torch.cat([before, new], dim=1)
+        base = int((everything[0] < fixed).sum()) if plan.position > context else 0
         end = base + len(plan.sources) * BLOCK
         candidates = everything[:, base:end]
         after = torch.cat(

@@ -74,7 +74,7 @@ def test_each_gets_what_it_gets_alone(name: str, tiny_llama: Path) -> None:
         max_model_len=1024,
         max_num_batched_tokens=160,
         max_num_seqs=20,
-        num_gpu_blocks_override=50 * server.get("bands", 1),
+        num_gpu_blocks_override=36 * server.get("bands", 1),
     ) as engine:
         engine.crowd()
         together = engine.generate(prompts, 50, wishes)
