@@ -107,21 +107,21 @@ class Wishes:
     options: EngineOptions
     context: int | None = None
 
+    def schedule(self) -> Schedule:
+        """The schedule of a request with these wishes."""
+        return Schedule(
+            method="of the request",
+            phase=self.options.phase,
+            interval=self.options.interval,
+            prune_after=self.options.prune_after,
+            limits=self.options.limits,
+            block_size=self.options.block_size,
+            max_position=MAX_MODEL_LEN,
+        )
+
     def trajectory(self, prompt: int) -> Trajectory:
         """When a request with these wishes compacts."""
-        return Trajectory(
-            Schedule(
-                method="of the request",
-                phase=self.options.phase,
-                interval=self.options.interval,
-                prune_after=self.options.prune_after,
-                limits=self.options.limits,
-                block_size=self.options.block_size,
-                max_position=MAX_MODEL_LEN,
-            ),
-            prompt,
-            self.context,
-        )
+        return Trajectory(self.schedule(), prompt, self.context)
 
 
 def build_scheduler(options: EngineOptions) -> KVCompressSchedulerMixin:

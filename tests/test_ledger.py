@@ -392,6 +392,43 @@ def promise_too_little(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trajectory, "peak_blocks", lambda t, g, length: bound(t, g, length) - 1)
 
 
+def let_hits_pass_the_context(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Planner, "hit_limit", lambda planner, r: planner.state(r).trajectory.due - 1)
+
+
+def let_chunks_pass_the_context(patch: pytest.MonkeyPatch) -> None:
+    def stop(planner: Planner, request: Any, computed: int) -> int:
+        walk = planner.state(request).trajectory
+        walk.advance(computed)
+        return walk.due
+
+    patch.setattr(Planner, "stop", stop)
+
+
+def compact_the_prompt_again(patch: pytest.MonkeyPatch) -> None:
+    """Generated tokens together with what is left of the prompt."""
+    begin = Trajectory._begin
+
+    def from_the_start(walk: Trajectory, base: int) -> None:
+        begin(walk, base if walk.context_tokens is None else 0)
+
+    patch.setattr(Trajectory, "_begin", from_the_start)
+
+
+def protect_first_generated_tokens(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trajectory, "without_sinks", tuple)
+
+
+def take_the_servers_settings(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Wishes,
+        "trajectory",
+        lambda wishes, prompt: Trajectory(
+            Wishes(replace(wishes.options, prune_after=0)).schedule(), prompt, wishes.context
+        ),
+    )
+
+
 # -- and so where it merges ---------------------------------------------------------------
 
 
@@ -539,6 +576,17 @@ def keep_levels_of_the_preempted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Planner, "state", recall)
 
 
+def keep_levels_of_the_context(patch: pytest.MonkeyPatch) -> None:
+    begin = Trajectory._begin
+
+    def remember(walk: Trajectory, base: int) -> None:
+        levels = getattr(walk, "levels", None)
+        begin(walk, base)
+        walk.levels = levels or walk.levels
+
+    patch.setattr(Trajectory, "_begin", remember)
+
+
 def merge_sinks(patch: pytest.MonkeyPatch) -> None:
     merge = Trajectory._merge
 
@@ -630,6 +678,11 @@ MUTATIONS = {
     lose_plans: "due .*, sent \\[\\]",
     keep_less_under_pressure: None,
     promise_too_little: "a request holds more than its bound",
+    let_hits_pass_the_context: "a hit reaches past N",
+    let_chunks_pass_the_context: "a chunk runs past the context",
+    compact_the_prompt_again: None,
+    protect_first_generated_tokens: None,
+    take_the_servers_settings: "due .*, sent |a compaction that is not due",
 }
 """Ways to break the rules of the design, and what the machine says where it is always the same."""
 
@@ -646,6 +699,7 @@ MERGING_MUTATIONS = {
     swap_older_and_newer: "wrong contents",
     forget_levels_between_compactions: None,
     keep_levels_of_the_preempted: None,
+    keep_levels_of_the_context: None,
     merge_sinks: "wrong contents|wrong blocks are read",
     pool_as_much_as_ever: None,
     number_blocks_as_in_the_region: None,
