@@ -57,11 +57,11 @@ def summed_up(ratios: list[float]) -> dict[str, float]:
     }
 
 
-def unwatched(pairs: int, prompt: int, output: int) -> dict[str, Any]:
+def unwatched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
     """The cost while nobody asks."""
     engine = make_engine(SETTINGS, kv_bytes=512 << 20)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-    prompts = make_prompts(BATCH, prompt)
+    prompts = make_prompts(batch, prompt)
     accounts = scheduler.kvcompress_accounts
 
     def seconds(kept: Any) -> float:
@@ -94,7 +94,7 @@ def unwatched(pairs: int, prompt: int, output: int) -> dict[str, Any]:
     return {"throughput_ratio": summed_up(ratios), "share_of_time": spent / total}
 
 
-def watched(pairs: int, prompt: int, output: int) -> dict[str, Any]:
+def watched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
     """The cost of five dashboards on a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -108,16 +108,18 @@ def watched(pairs: int, prompt: int, output: int) -> dict[str, Any]:
         stdout=subprocess.DEVNULL,
     )
     try:
-        return asyncio.run(_watched(server, f"http://127.0.0.1:{port}", pairs, prompt, output))
+        return asyncio.run(
+            _watched(server, f"http://127.0.0.1:{port}", pairs, batch, prompt, output)
+        )
     finally:
         server.terminate()
         server.wait()
 
 
 async def _watched(
-    server: subprocess.Popen[bytes], url: str, pairs: int, prompt: int, output: int
+    server: subprocess.Popen[bytes], url: str, pairs: int, batch: int, prompt: int, output: int
 ) -> dict[str, Any]:
-    prompts = [p["prompt_token_ids"] for p in make_prompts(BATCH, prompt)]
+    prompts = [p["prompt_token_ids"] for p in make_prompts(batch, prompt)]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
         base_url=url, timeout=600, trust_env=False, limits=limits
@@ -180,18 +182,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    pairs, prompt, output = (1, 300, 12) if options.quick else (options.pairs, 400, 256)
+    pairs, *shape = (1, 4, 300, 12) if options.quick else (options.pairs, BATCH, 400, 256)
     if options.part:
-        print(json.dumps(PARTS[options.part](pairs, prompt, output)))
+        print(json.dumps(PARTS[options.part](pairs, *shape)))
         return
     common = (["--quick"] if options.quick else []) + ["--pairs", str(options.pairs)]
     report = {
         "command": "python -m bench.accounts " + " ".join(sys.argv[1:]),
         "machine": machine(),
         "workload": {
-            "requests": BATCH,
-            "prompt_tokens": prompt,
-            "output_tokens": output,
+            **dict(zip(("requests", "prompt_tokens", "output_tokens"), shape, strict=True)),
             "settings": SETTINGS,
             "viewers": VIEWERS,
             "model": "SmolLM2-135M-Instruct, bfloat16",
