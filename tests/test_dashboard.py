@@ -292,9 +292,12 @@ def test_gone_from_the_start_then_tried_by_hand(
 ) -> None:
     server = serve()
     dashboard = visit(server.url)
-    dashboard.page.route("**/v1/kvcompress/**", lambda route: route.fulfill(status=502))
+    no = {"error": {"message": "no compression here", "code": 503}}
+    dashboard.page.route("**/v1/kvcompress/**", lambda route: route.fulfill(status=503, json=no))
     dashboard.open(wait_for="gone")
-    expect(dashboard.page.locator(".notice")).to_contain_text("HTTP status 502")
+    expect(dashboard.page.locator(".notice")).to_contain_text(
+        "HTTP status 503: no compression here"
+    )
     expect(dashboard.page.locator("#overview")).to_be_hidden()
     dashboard.page.unroute_all()
     dashboard.page.get_by_role("button", name="Try now").click()
