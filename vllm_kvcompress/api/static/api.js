@@ -26,6 +26,17 @@ export class ApiError extends Error {
   }
 }
 
+/** What the server itself says about an error, as vLLM and FastAPI write it; "" if nothing. */
+async function reason(response) {
+  try {
+    const body = await response.json();
+    const said = body.error?.message ?? body.detail;
+    return typeof said === "string" ? said.slice(0, 300) : "";
+  } catch {
+    return "";
+  }
+}
+
 async function get(path, signal) {
   const limit = AbortSignal.timeout(TIMEOUT_MS);
   let response;
@@ -47,7 +58,11 @@ async function get(path, signal) {
     throw new ApiError("unauthorised", "The server asks for its API key.");
   }
   const kind = response.status === 404 ? "missing" : "gone";
-  throw new ApiError(kind, `The server answered with HTTP status ${response.status}.`);
+  const said = await reason(response);
+  throw new ApiError(
+    kind,
+    `The server answered with HTTP status ${response.status}${said ? `: ${said}` : "."}`,
+  );
 }
 
 /** Settings, model and pool of the server. */

@@ -5,6 +5,7 @@ import { memoryBar, stateText, totalSeconds, uncompressedPeak } from "./columns.
 import { facts, h, setChildren, setText } from "./dom.js";
 import {
   axisBytes,
+  band as bandNumber,
   bytes,
   count,
   dateTime,
@@ -177,7 +178,8 @@ export class Detail {
         0,
       );
       [
-        ...[each.band, each.layers, each.group, each.blocks].map(count),
+        bandNumber(each.band),
+        ...[each.layers, each.group, each.blocks].map(count),
         ...[each.tokens_kept, each.tokens_removed, each.tokens_merged].map(count),
         seen > 0 ? percent((each.tokens_kept ?? 0) / seen) : UNKNOWN,
       ].forEach((text, cell) => setText(row.cells[cell], text));
@@ -224,7 +226,7 @@ export class Detail {
       "Pages per band",
       [
         ...bands.map((band, i) => ({
-          label: band === null ? "Other layers" : `Band ${band}`,
+          label: band === null || band < 0 ? "Other layers" : `Band ${band}`,
           colour: bandColour(i, bands.length),
           format: count,
         })),

@@ -79,6 +79,9 @@ export const dateTime = known((value) => date.format(value * 1000));
 export const plural = (value, one, many) =>
   `${count(value)} ${value === 1 ? one : (many ?? `${one}s`)}`;
 
+/** Number of a band; layers that keep every token have -1 or none. */
+export const band = known((value) => (value < 0 ? UNKNOWN : whole.format(value)));
+
 /** A setting as JSON has it; null: "not set". */
 export const setting = (value) =>
   value == null ? "not set" : typeof value === "object" ? JSON.stringify(value) : String(value);

@@ -1,7 +1,7 @@
 // The foot of the page: counters since the server started, its settings and bands.
 
 import { facts, h, setChildren, setText } from "./dom.js";
-import { bytes, count, seconds, setting, UNKNOWN } from "./format.js";
+import { band as bandNumber, bytes, count, seconds, setting, UNKNOWN } from "./format.js";
 import { addTotals, chosen, sum } from "./samples.js";
 
 const byMethod = (counts) =>
@@ -85,7 +85,7 @@ export class Server {
           "tr",
           {},
           ...[
-            String(band.band),
+            bandNumber(band.band),
             layersText(band.layers ?? []),
             band.budget == null ? UNKNOWN : count(band.budget),
             band.keep_ratio == null ? UNKNOWN : String(band.keep_ratio),
