@@ -14,9 +14,9 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvcompress.request import own_keys
+from vllm_kvcompress.request import asked, own_keys
 from vllm_kvcompress.scheduler import utility
-from vllm_kvcompress.scheduler.accounts import Accounts
+from vllm_kvcompress.scheduler.accounts import REPORT_KEY, Accounts
 from vllm_kvcompress.scheduler.groups import check_groups
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
@@ -24,7 +24,7 @@ from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.requests import RequestSchedules
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
 from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
-from vllm_kvcompress.settings import CONFIG_KEY, SettingsError, parse_settings
+from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 
 logger = init_logger("vllm.kvcompress")
 
@@ -60,6 +60,7 @@ class KVCompressSchedulerMixin(Scheduler):
             self.kv_cache_config,
             self.vllm_config.parallel_config.tensor_parallel_size,
             coordinator.single_type_managers,
+            self._in_force,
         )
         utility.install()
         self._kvcompress_method = settings.method
@@ -85,9 +86,8 @@ class KVCompressSchedulerMixin(Scheduler):
         The API process has refused what cannot be used. Who comes here without passing it gets
         the server's settings instead of an error that would end the engine.
         """
-        params, prompt = request.sampling_params, request.num_prompt_tokens
-        extra_args = params.extra_args if params is not None else None
-        if own_keys(extra_args):
+        prompt, extra_args = request.num_prompt_tokens, _extra_args(request)
+        if own_keys(extra_args).keys() - {REPORT_KEY}:
             schedules = self._request_schedules
             try:
                 trajectory = schedules.trajectory(prompt, extra_args)
@@ -104,6 +104,15 @@ class KVCompressSchedulerMixin(Scheduler):
                     most,
                 )
         return Trajectory(self.kvcompress.schedule, prompt)
+
+    def _in_force(self, request: Request) -> tuple[Settings, int | None]:
+        """Settings that a request is compressed by, and its context; for its account."""
+        if own_keys(_extra_args(request)).keys() - {REPORT_KEY}:
+            trajectory = self.kvcompress.state(request).trajectory
+            own = trajectory.schedule, trajectory.context_tokens
+            if own != (self.kvcompress.schedule, None):
+                return asked(self._request_schedules.server, _extra_args(request))
+        return self._request_schedules.server, None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule a step and attach the compactions that must run before its forward."""
@@ -193,6 +202,10 @@ class KVCompressSchedulerMixin(Scheduler):
             totals.blocks_freed,
             totals.waits,
         )
+
+
+def _extra_args(request: Request) -> dict[str, Any] | None:
+    return request.sampling_params.extra_args if request.sampling_params is not None else None
 
 
 class KVCompressScheduler(KVCompressSchedulerMixin, Scheduler):
