@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from bench.smoke import in_its_own_process, machine, make_engine, make_prompts, run
+from bench.smoke import in_its_own_process, machine, make_engine, make_prompts, run, spread
 
 BATCH = 32
 VIEWERS = 5
@@ -45,16 +44,6 @@ class NoAccounts:
         """Do nothing."""
 
     scheduled = tokens_arrived = compacted = releasing = asked_for = nothing
-
-
-def summed_up(ratios: list[float]) -> dict[str, float]:
-    """Throughput with something over that without it."""
-    return {
-        "median": statistics.median(ratios),
-        "min": min(ratios),
-        "max": max(ratios),
-        "pairs": len(ratios),
-    }
 
 
 def unwatched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
@@ -91,7 +80,7 @@ def unwatched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any
     for name in ("scheduled", "tokens_arrived", "compacted", "releasing", "asked_for"):
         setattr(accounts, name, timed(getattr(accounts, name)))
     total = seconds(accounts)
-    return {"throughput_ratio": summed_up(ratios), "share_of_time": spent / total}
+    return {"throughput_ratio": spread(ratios), "share_of_time": spent / total}
 
 
 def watched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
@@ -162,7 +151,7 @@ async def _watched(
             order = (0, VIEWERS) if pair % 2 == 0 else (VIEWERS, 0)
             took = {viewers: await seconds(viewers) for viewers in order}
             found.append(took[0] / took[VIEWERS])
-    return {"throughput_ratio": summed_up(found), "answers_to_viewers": polls}
+    return {"throughput_ratio": spread(found), "answers_to_viewers": polls}
 
 
 async def _healthy(client: httpx.AsyncClient) -> bool:

@@ -124,7 +124,8 @@ def idle(pairs: int, requests: int, prompt: int, output: int) -> dict[str, Any]:
     prompts = make_prompts(requests, prompt)
     for engine in engines.values():
         run(engine, prompts, output)
-    ratios = []
+    steps = {name: timed_steps(engine) for name, engine in engines.items()}
+    ratios, ratios_of_steps = [], []
     for pair in range(pairs):
         # There and back: what drifts on the machine meets both alike.
         order = list(engines) if pair % 2 == 0 else list(engines)[::-1]
@@ -132,15 +133,43 @@ def idle(pairs: int, requests: int, prompt: int, output: int) -> dict[str, Any]:
         for name in [*order, *reversed(order)]:
             seconds[name] += run(engines[name], prompts, output)
         ratios.append(seconds["stock"] / seconds["idle"])
+        medians = {name: statistics.median(took) for name, took in steps.items()}
+        ratios_of_steps.append(medians["stock"] / medians["idle"])
+        for took in steps.values():
+            took.clear()
     (totals,) = engines["idle"].collective_rpc("kvcompress_totals")
     assert totals["compactions"] == 0
     return {
-        "throughput_ratio_to_stock": {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-            "pairs": pairs,
-        }
+        "throughput_ratio_to_stock": spread(ratios),
+        # Of the median step of each side: other work on the machine hardly moves it.
+        "step_ratio_to_stock": spread(ratios_of_steps),
+    }
+
+
+def timed_steps(engine: Any) -> list[float]:
+    """Seconds of an engine's steps from now on; the list grows as they are made."""
+    core = engine.llm_engine.engine_core.engine_core
+    step = core.step_fn
+    took: list[float] = []
+
+    def timed() -> Any:
+        started = time.perf_counter()
+        try:
+            return step()
+        finally:
+            took.append(time.perf_counter() - started)
+
+    core.step_fn = timed
+    return took
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    """What pairs of runs say."""
+    return {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "pairs": len(ratios),
     }
 
 
@@ -218,11 +247,7 @@ def main() -> None:
             own["output_tokens_per_second"] / stock["output_tokens_per_second"]
             for own, stock in zip(runs[name], runs["stock"], strict=True)
         ]
-        report[f"{name}_over_stock"] = {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-        }
+        report[f"{name}_over_stock"] = spread(ratios)
     report["idle"] = in_its_own_process("--part", "idle", *common)
     print(json.dumps(report, indent=2))
 

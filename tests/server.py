@@ -50,12 +50,16 @@ class Server:
     log : Path
     api_key : str
         Given to the server and to its clients.
+    port : int or None
+        By default one that is free.
     """
 
-    def __init__(self, options: Sequence[str], log: Path, api_key: str) -> None:
+    def __init__(
+        self, options: Sequence[str], log: Path, api_key: str, port: int | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            self.port = free.getsockname()[1] if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.api_key = api_key

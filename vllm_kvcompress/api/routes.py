@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from http import HTTPStatus
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
-from fastapi.responses import FileResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_kvcompress.api import metrics, models, views
+from vllm_kvcompress.api.page import attach_page
 from vllm_kvcompress.api.snapshot import NoSnapshotError, Snapshots
-
-STATIC = Path(__file__).parent / "static"
-"""The dashboard's files."""
 
 MAX_RENDERED = 64
 """Different answers kept until the next snapshot."""
@@ -36,9 +32,7 @@ def attach(app: FastAPI) -> None:
     app.include_router(router)
     # vLLM puts this in the place of its own route, whose metrics it includes.
     app.add_api_route("/metrics", show_metrics, methods=["GET"], include_in_schema=False)
-    if (STATIC / "index.html").exists():
-        app.add_api_route("/kvcompress", show_dashboard, methods=["GET"], include_in_schema=False)
-        app.mount("/kvcompress", StaticFiles(directory=STATIC))
+    attach_page(app)
 
 
 @router.get("/summary", response_model=models.Summary, responses=_UNAVAILABLE)
@@ -107,11 +101,6 @@ async def show_metrics(request: Request) -> Response:
             pass  # vLLM's own metrics tell what is wrong with the engine.
     text = metrics.exposition(found, set(request.query_params.getlist("name[]")))
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-async def show_dashboard() -> Response:
-    """The dashboard's page; it asks for the API key itself."""
-    return FileResponse(STATIC / "index.html")
 
 
 async def _fresh(request: Request, wanted: str | None = None) -> Snapshots:
