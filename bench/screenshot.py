@@ -1,17 +1,26 @@
 """A picture of the dashboard of a running server.
 
-    python -m bench.screenshot --url http://127.0.0.1:8000/kvcompress --out docs/dashboard.png
+    make serve ARGS="--kvcompress-budget 512 --kvcompress-pyramid-beta 4"
+    python -m bench.screenshot --load 16 --seconds 60 --out docs/dashboard.png
 
 Needs Debian's chromium, or another at ``--chromium``, and the Python package playwright (extra
 ``browser``). The API key is taken from ``VLLM_API_KEY``. Look at the page while the server works:
-the charts begin when the page is opened, so it is left open for ``--seconds`` first.
+the charts begin when the page is opened, so it is left open for ``--seconds`` first. ``--load``
+gives the server something to do: prompts of random tokens, each request with settings of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -73,6 +82,47 @@ def screenshot(
         browser.close()
 
 
+@contextmanager
+def load(url: str, requests: int) -> Iterator[None]:
+    """Keep so many requests going, one after another in each thread."""
+    key = os.environ.get("VLLM_API_KEY")
+    client = httpx.Client(
+        base_url=url.removesuffix("/kvcompress"),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=600,
+        trust_env=False,
+    )
+    model = client.get("/v1/models").json()["data"][0]["id"]
+    over = threading.Event()
+
+    def ask(number: int) -> None:
+        draw = random.Random(number)
+        while not over.is_set():
+            wishes: dict[str, Any] = {
+                "kvcompress_method": draw.choice(["knorm", "knorm", "keydiff", "streaming"])
+            }
+            if draw.random() < 0.2:
+                wishes = {"kvcompress_enabled": 0}
+            body = {
+                "model": model,
+                "prompt": [draw.randrange(1000, 40000) for _ in range(draw.randrange(300, 1800))],
+                "max_tokens": draw.randrange(100, 400),
+                "ignore_eos": True,
+                "vllm_xargs": wishes,
+            }
+            try:
+                client.post("/v1/completions", json=body)
+            except httpx.TransportError:
+                return
+
+    threads = [threading.Thread(target=ask, args=(n,), daemon=True) for n in range(requests)]
+    for thread in threads:
+        thread.start()
+    yield
+    over.set()
+    client.close()
+
+
 def main() -> None:
     """Read the options and take the picture."""
     parser = argparse.ArgumentParser(
@@ -81,21 +131,23 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000/kvcompress")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=20.0, help="time to leave the page open")
+    parser.add_argument("--load", type=int, default=0, help="requests to keep going meanwhile")
     parser.add_argument("--theme", choices=["light", "dark"], default="light")
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=900)
     parser.add_argument("--full-page", action="store_true")
     parser.add_argument("--chromium", default=CHROMIUM)
     options = parser.parse_args()
-    screenshot(
-        options.url,
-        options.out,
-        seconds=options.seconds,
-        theme=options.theme,
-        size=(options.width, options.height),
-        full_page=options.full_page,
-        chromium=options.chromium,
-    )
+    with load(options.url, options.load) if options.load else nullcontext():
+        screenshot(
+            options.url,
+            options.out,
+            seconds=options.seconds,
+            theme=options.theme,
+            size=(options.width, options.height),
+            full_page=options.full_page,
+            chromium=options.chromium,
+        )
 
 
 if __name__ == "__main__":

@@ -213,18 +213,31 @@ def merge_blocks(
         Keys, values and centres of the blocks given and, after them, of the blocks made, in
         the order of their making, ``[..., blocks + made, block_size, head_dim]``.
     """
+    first = keys.shape[-3]
+    made = sum(len(merges.older) for merges in rounds)
+    keys, values = _with_room(keys, made), _with_room(values, made)
+    centres = None if centres is None else _with_room(centres[..., None], made)
     for level, older, newer in rounds:
         index = torch.tensor([older, newer], device=keys.device).T.flatten()
+        last = first + len(older)
         gap: torch.Tensor | float = 2.0**level
         if centres is not None:
-            pairs = _pairs(centres[..., None], index)[..., 0]
+            pairs = _pairs(centres, index)[..., 0]
             gap = pairs[..., 1] - pairs[..., 0]
-            made = _blocks(pairs.mean(dim=-1, keepdim=True), len(older))[..., 0]
-            centres = torch.cat([centres, made], dim=-2)
+            centres[..., first:last, :, :] = _blocks(pairs.mean(-1, keepdim=True), len(older))
         pooled = pooling.pool(_pairs(keys, index), _pairs(values, index), gap, rotation)
-        keys = torch.cat([keys, _blocks(pooled[0], len(older))], dim=-3)
-        values = torch.cat([values, _blocks(pooled[1], len(older))], dim=-3)
-    return keys, values, centres
+        keys[..., first:last, :, :] = _blocks(pooled[0], len(older))
+        values[..., first:last, :, :] = _blocks(pooled[1], len(older))
+        first = last
+    return keys, values, None if centres is None else centres[..., 0]
+
+
+def _with_room(blocks: torch.Tensor, made: int) -> torch.Tensor:
+    """``[..., blocks, size, dim]`` with room for so many more."""
+    count = blocks.shape[-3]
+    roomy = blocks.new_empty(*blocks.shape[:-3], count + made, *blocks.shape[-2:])
+    roomy[..., :count, :, :] = blocks
+    return roomy
 
 
 def _pairs(blocks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
