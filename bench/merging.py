@@ -306,11 +306,14 @@ def main() -> None:
     """Run everything, or the one part that a child process was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short prompts only")
+    parser.add_argument("--prompt-tokens", type=int, help=f"default {FULL.prompt_tokens}")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each, beside stock")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="table of this JSON")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     load = QUICK if options.quick else FULL
+    if options.prompt_tokens is not None:
+        load = load._replace(prompt_tokens=options.prompt_tokens)
     pairs = 1 if options.quick else options.pairs
 
     if options.markdown is not None:
@@ -332,6 +335,7 @@ def main() -> None:
     }
     for name in CONTENDERS:
         arguments = ["--part", name, "--pairs", str(pairs), *(["--quick"] * options.quick)]
+        arguments += ["--prompt-tokens", str(load.prompt_tokens)]
         report["contenders"][name] = in_its_own_process(*arguments, module="bench.merging")
         print(f"{name} done", file=sys.stderr)
     print(json.dumps(report, indent=2))

@@ -113,20 +113,25 @@ class HeldBesideRanked(Held):
         super().__init__(engine)
         self._kept = engine.kept
 
-    def _follow(self, plan: Any, pages: Any, slots: Any) -> Any:
-        made = self._merge(plan, pages, slots)
+    def _follow(self, plan: Any) -> None:
+        pages = self._runner.kvcompress.compactor.groups[plan.group]
+        keys = pages.read_keys(torch.tensor(plan.sources))
+        self._run(plan)
+        made = pages.read_keys(torch.tensor(plan.destinations))
         self._learn_row(plan, pages)
-        heads = pages.shape[1]
-        leaves = output_slots(plan, slots.keys.shape[1] // BLOCK)
+        heads, first = pages.shape[1], plan.pooled * BLOCK
         ranking = {layer: kept for other, layer, kept in self._kept if other is plan}
         for index, layer in enumerate(pages.layers):
             rows = slice(index * heads, (index + 1) * heads)
             sources = torch.cat([self._blocks[plan.group, layer, b] for b in plan.sources], dim=1)
-            pooled, ranked = sources.tensor_split([plan.pooled * BLOCK], dim=1)
+            pooled, ranked = sources.tensor_split([first], dim=1)
             lost = torch.ones_like(ranked, dtype=torch.bool).scatter_(1, ranking[layer], False)
             before = torch.cat([pooled, ranked[lost].view(heads, -1)], dim=1)
+            left = keys[rows, first:][lost].view(heads, -1, keys.shape[2])
+            slots = torch.cat([keys[rows, :first], left], dim=1)
+            leaves = output_slots(plan, slots.shape[1] // BLOCK)
             after = [
-                before[:, slot].gather(1, same(slots.keys[rows, slot], made.keys[rows, i]))
+                before[:, slot].gather(1, same(slots[:, slot], made[rows, i]))
                 for i, slot in enumerate(leaves)
             ]
             after = torch.cat([*after, ranked.gather(1, ranking[layer])], dim=1)
@@ -134,7 +139,6 @@ class HeldBesideRanked(Held):
                 del self._blocks[plan.group, layer, block]
             for block, part in zip(plan.destinations, after.split(BLOCK, dim=1), strict=True):
                 self._blocks[plan.group, layer, block] = part
-        return made
 
 
 def output_slots(plan: Any, blocks: int) -> list[torch.Tensor]:
