@@ -66,3 +66,28 @@ def test_offline_without_compression() -> None:
     llm: Any = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
     with pytest.raises(SettingsError, match="runs without compression"):
         snapshot(llm)
+
+
+def test_settings_of_requests(tiny_llama: Path) -> None:
+    """An account says by what its own request was compressed."""
+    wishes = [
+        {},
+        {"method": "streaming", "budget": 96},
+        {"enabled": 0},
+        {"keep_ratio": 0.5, "context_tokens": 200},
+        {"report": 1},
+    ]
+    prompts = make_prompts(len(wishes), seed=6, shortest=300, longest=310)
+    with engines.engine(tiny_llama, SETTINGS) as engine:
+        engine.generate(prompts, 20, wishes)
+        found = snapshot(engine.llm)
+    closed = sorted(found["closed"], key=lambda report: report["arrival"])
+    assert [report["method"] for report in closed] == [
+        *("knorm", "streaming", "none", "knorm", "knorm")
+    ]
+    shown = [report["settings"] for report in closed]
+    assert [own["budget"] for own in shown] == [128, 96, 128, None, 128]
+    assert [own["keep_ratio"] for own in shown] == [None, None, None, 0.5, None]
+    assert [own["context_tokens"] for own in shown] == [None, None, None, 200, None]
+    assert [report["compactions"] > 0 for report in closed] == [True, True, False, True, True]
+    assert found["totals"]["requests"] == {"knorm": 3, "streaming": 1, "none": 1}
