@@ -28,6 +28,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 KV_BYTES = 192 << 20
 BLOCK_SIZE = 32
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+"""Makes glibc keep what is freed, for every contender alike. Else each large tensor is memory
+fresh from the kernel, and on a virtual machine that gives memory back to its host a run mostly
+measures that; vLLM's guide for CPUs has tcmalloc instead."""
+
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "flat": {"budget": 512, "interval": 64},
@@ -176,7 +185,8 @@ def spread(ratios: list[float]) -> dict[str, float]:
 def in_its_own_process(*arguments: str, module: str = "bench.smoke") -> dict[str, Any]:
     """Run one part in a fresh interpreter: engines leave threads and memory behind."""
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = ALLOCATOR | os.environ
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -232,6 +242,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "command": "python -m bench.smoke " + " ".join(sys.argv[1:]),
         "machine": machine(),
+        "allocator": {name: os.environ.get(name, own) for name, own in ALLOCATOR.items()},
         "workload": {
             "requests": shape[0],
             "prompt_tokens": shape[1],

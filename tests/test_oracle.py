@@ -48,7 +48,6 @@ CASES = {
     "knorm-512-pyramid": Case(
         {"method": "knorm", "budget": 512, "bands": 6, "pyramid_beta": 2.0}, 1
     ),
-    "keydiff-512-flat": Case({"method": "keydiff", "budget": 512}, 1),
     "keydiff-256-pyramid": Case(
         {
             "method": "keydiff",
@@ -80,6 +79,7 @@ CASES = {
 }
 
 SLOW = {
+    "keydiff-512-flat": Case({"method": "keydiff", "budget": 512}, 1),
     "keydiff-context-during-prefill": Case(
         {
             "method": "keydiff",
