@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("playwright.sync_api", reason="needs playwright (extra browser)")
+
 from dashboard_checks import check_detail, check_sorting, check_summary, check_table, total
 from server import Server, wait_until
 from test_dashboard import browser, visit  # noqa: F401
