@@ -37,14 +37,18 @@ class BandPages:
     layers: Mapping[int, LayerPages]
 
     @property
+    def _first(self) -> LayerPages:
+        return next(iter(self.layers.values()))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Tokens per block, KV heads per layer, head size."""
-        return next(iter(self.layers.values())).shape
+        return self._first.shape
 
     @property
     def device(self) -> torch.device:
         """Where the pages are."""
-        return next(iter(self.layers.values())).device
+        return self._first.device
 
     @property
     def _keys(self) -> list[PagePart]:
@@ -76,8 +80,7 @@ class BandPages:
 
     def read_float_keys(self, blocks: torch.Tensor) -> torch.Tensor:
         """Keys as float32 numbers (without the layers' fp8 scales), as :meth:`read_keys`."""
-        element = next(iter(self.layers.values())).element
-        return self._keys[0].read_layers(self._keys, blocks, element)
+        return self.as_float(self.read_keys(blocks))
 
     def read_slots(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as float32 numbers, in one piece, valid until the next call."""
@@ -197,8 +200,8 @@ class BandPages:
 
     def as_float(self, elements: torch.Tensor) -> torch.Tensor:
         """Raw integers as float32 numbers (without the layers' fp8 scales)."""
-        return next(iter(self.layers.values())).as_float(elements)
+        return self._first.as_float(elements)
 
     def as_raw(self, numbers: torch.Tensor) -> torch.Tensor:
         """Float32 numbers as raw integers, rounded to the cache's type."""
-        return next(iter(self.layers.values())).as_raw(numbers)
+        return self._first.as_raw(numbers)

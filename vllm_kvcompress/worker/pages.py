@@ -93,10 +93,8 @@ class PagePart(ABC):
     """
 
     @abstractmethod
-    def read_layers(
-        self, parts: Sequence[Any], blocks: torch.Tensor, floats: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """Copy the elements of some blocks; as float32 numbers if their type is given."""
+    def read_layers(self, parts: Sequence[Any], blocks: torch.Tensor) -> torch.Tensor:
+        """Copy the elements of some blocks."""
 
     @abstractmethod
     def take_layers(
@@ -161,16 +159,10 @@ class RunPart(PagePart):
     def shaped(cls, rows: torch.Tensor, heads: int, runs: int) -> torch.Tensor:
         """Runs in the part's order, ``[heads * runs * n, length]``, as elements."""
 
-    def read_layers(
-        self,
-        parts: Sequence[RunPart],
-        blocks: torch.Tensor,
-        floats: torch.dtype | None = None,
-    ) -> torch.Tensor:
+    def read_layers(self, parts: Sequence[RunPart], blocks: torch.Tensor) -> torch.Tensor:
         heads, runs = self.table.shape
         ids = self._ids(blocks)
-        read = torch.cat([part.runs.index_select(0, ids) for part in parts])
-        rows = read if floats is None else read.view(floats).float()
+        rows = torch.cat([part.runs.index_select(0, ids) for part in parts])
         return self.shaped(rows, len(parts) * heads, runs)
 
     def write(self, blocks: torch.Tensor, elements: torch.Tensor) -> None:
@@ -244,15 +236,9 @@ class Packed(PagePart):
         self.block_size, self.heads, self.dim = offsets.shape
         self.pages = _strided_view(raw, offsets)
 
-    def read_layers(
-        self,
-        parts: Sequence[Packed],
-        blocks: torch.Tensor,
-        floats: torch.dtype | None = None,
-    ) -> torch.Tensor:
+    def read_layers(self, parts: Sequence[Packed], blocks: torch.Tensor) -> torch.Tensor:
         shape = (self.heads, len(blocks) * self.block_size, self.dim)
-        elements = torch.cat([part.pages[blocks].transpose(0, 1).reshape(shape) for part in parts])
-        return elements if floats is None else elements.view(floats).float()
+        return torch.cat([part.pages[blocks].transpose(0, 1).reshape(shape) for part in parts])
 
     def take_layers(
         self, parts: Sequence[Packed], blocks: torch.Tensor, tokens: torch.Tensor

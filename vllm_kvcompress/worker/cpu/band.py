@@ -17,13 +17,13 @@ from vllm_kvcompress.methods import select_tokens
 from vllm_kvcompress.methods.pooling import Best, Max, Mean, Pooling, Rotation
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.cpu import merge, moves
-from vllm_kvcompress.worker.cpu.intrinsics import LANES
+from vllm_kvcompress.worker.cpu.intrinsics import LANES, LINE
 from vllm_kvcompress.worker.cpu.merge import Part
 from vllm_kvcompress.worker.cpu.numbers import FORMATS
 from vllm_kvcompress.worker.layout import RAW_DTYPES
 from vllm_kvcompress.worker.pages import LayerPages, RunPart, TokenMinor
 
-POOLINGS: dict[type, int] = {Mean: merge.MEAN, Max: merge.MAX, Best: merge.BEST}
+KERNELS: dict[type, int] = {Mean: merge.MEAN, Max: merge.MAX, Best: merge.BEST}
 
 LEVELS = 32
 """More levels than any request reaches."""
@@ -45,27 +45,23 @@ def scratch(dtype: np.dtype, *shape: int, purpose: str = "") -> np.ndarray:
 class Runs(NamedTuple):
     """One part (keys or values) of all layers, as kernels take it."""
 
-    caches: np.ndarray
-    page: int
-    starts: np.ndarray
-    length: int
+    each: Part
+    """Every run by itself."""
+    joined: Part
+    """Runs that follow one another as one."""
     across: bool
     """Whether a run is one dimension of a block, not one token."""
-    part: Part
-    """The same with runs that follow one another as one."""
 
     @classmethod
     def of(cls, parts: list[RunPart]) -> Runs:
         """The runs of parts that are laid out alike."""
-        addresses = np.array([part.runs.data_ptr() for part in parts], np.int64)
-        first = parts[0]
-        across = isinstance(first, TokenMinor)
-        starts, length = first.starts.numpy(), first.length
-        spans = Part(addresses, first.page, starts, length)
-        if bool((np.diff(starts, axis=1) == length).all()):
-            whole = starts[:, :1].copy()
-            spans = spans._replace(starts=whole, length=starts.shape[1] * length)
-        return cls(addresses, first.page, starts, length, across, spans)
+        first, addresses = parts[0], [part.runs.data_ptr() for part in parts]
+        starts = first.starts.numpy()
+        each = joined = Part(np.array(addresses, np.int64), first.page, starts, first.length)
+        if bool((np.diff(starts, axis=1) == first.length).all()):
+            whole = starts.shape[1] * first.length
+            joined = each._replace(starts=starts[:, :1].copy(), length=whole)
+        return cls(each, joined, isinstance(first, TokenMinor))
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,7 +102,7 @@ class CompiledBandPages(BandPages):
 
     @functools.cached_property
     def _element(self) -> torch.dtype:
-        return next(iter(self.layers.values())).element
+        return self._first.element
 
     @functools.cached_property
     def _raw(self) -> torch.dtype:
@@ -140,7 +136,7 @@ class CompiledBandPages(BandPages):
         runs = self._key_runs
         out = scratch(FLOATS, *self._shape_read(runs, blocks), purpose="keys")
         moves.read_numbers(
-            *runs[:3], blocks.numpy(), runs.across, self._like, FORMATS[self._element], out
+            *runs.each[:3], blocks.numpy(), runs.across, self._like, FORMATS[self._element], out
         )
         return self._as_elements(runs, torch.from_numpy(out))
 
@@ -152,9 +148,9 @@ class CompiledBandPages(BandPages):
             out = scratch(FLOATS, *shape, purpose=purpose)
             more = self._like, FORMATS[self._element], out
             if runs.across:
-                moves.read_tokens_across(*runs[:4], blocks.numpy(), *more)
+                moves.read_tokens_across(*runs.each, blocks.numpy(), *more)
             else:
-                moves.read_numbers(*runs[:3], blocks.numpy(), False, *more)
+                moves.read_numbers(*runs.each[:3], blocks.numpy(), False, *more)
             found.append(torch.from_numpy(out).flatten(0, 1))
         return found[0], found[1]
 
@@ -164,7 +160,7 @@ class CompiledBandPages(BandPages):
         out = torch.empty(len(self.layers) * heads, len(blocks) * size)
         kernel = moves.squared_norms_across if runs.across else moves.squared_norms_along
         format = FORMATS[self._element]
-        kernel(*runs[:4], blocks.numpy(), self._like, format, out.numpy())
+        kernel(*runs.each, blocks.numpy(), self._like, format, out.numpy())
         return out
 
     def select(self, scores: torch.Tensor, keep: int, sinks: int) -> torch.Tensor:
@@ -182,14 +178,14 @@ class CompiledBandPages(BandPages):
         for runs in (self._key_runs, self._value_runs):
             if runs.across:
                 # An odd number of cache lines: rows that are a power of two apart collide.
-                per_line = 64 // self._like.itemsize
+                per_line = LINE // self._like.itemsize
                 lines = (tokens.shape[1] + LANES) // per_line + 1
                 width = (lines | 1) * per_line
-                room = scratch(self._like.dtype, runs.starts.shape[1], width)
-                moves.move_across(*runs[:4], *arrays, room)
+                room = scratch(self._like.dtype, runs.each.starts.shape[1], width)
+                moves.move_across(*runs.each, *arrays, room)
             else:
-                room = scratch(self._like.dtype, tokens.shape[1] * runs.length)
-                moves.move_along(*runs[:4], *arrays, room)
+                room = scratch(self._like.dtype, tokens.shape[1] * runs.each.length)
+                moves.move_along(*runs.each, *arrays, room)
 
     def merge(
         self,
@@ -201,7 +197,7 @@ class CompiledBandPages(BandPages):
         rotation: Rotation | None,
     ) -> None:
         keys, values = self._key_runs, self._value_runs
-        if not keys.across or values.across or type(pooling) not in POOLINGS:
+        if not keys.across or values.across or type(pooling) not in KERNELS:
             super().merge(sources, rounds, outputs, destinations, pooling, rotation)
             return
         merges = np.array(
@@ -224,14 +220,14 @@ class CompiledBandPages(BandPages):
             merges.T.copy(),
             np.array(outputs, np.int64),
             np.array(destinations, np.int64),
-            POOLINGS[type(pooling)],
+            KERNELS[type(pooling)],
             *_turns(rotation if pooling.needs_rotation else None),
             scratch(np.dtype(np.bool_), rows, made, size),
             scratch(self._like.dtype, dim * size),
             scratch(FLOATS, blocks, dim * size),
         )
-        merge.merge_part(keys.part, True, *common)
-        merge.merge_part(values.part, False, *common)
+        merge.merge_part(keys.joined, True, *common)
+        merge.merge_part(values.joined, False, *common)
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._write(self._key_runs, blocks, keys)
@@ -239,22 +235,22 @@ class CompiledBandPages(BandPages):
 
     def _read(self, runs: Runs, blocks: torch.Tensor) -> torch.Tensor:
         out = torch.empty(self._shape_read(runs, blocks), dtype=self._raw)
-        moves.read_runs(*runs[:3], blocks.numpy(), runs.across, out.numpy())
+        moves.read_runs(*runs.each[:3], blocks.numpy(), runs.across, out.numpy())
         return self._as_elements(runs, out)
 
     def _shape_read(self, runs: Runs, blocks: torch.Tensor) -> tuple[int, int, int, int]:
-        heads, count = runs.starts.shape
-        return len(self.layers), heads, count * len(blocks), runs.length
+        heads, count = runs.each.starts.shape
+        return len(self.layers), heads, count * len(blocks), runs.each.length
 
     def _as_elements(self, runs: Runs, read: torch.Tensor) -> torch.Tensor:
-        heads, count = runs.starts.shape
+        heads, count = runs.each.starts.shape
         rows = len(self.layers) * heads
         if runs.across:
             return read.view(rows, count, -1).transpose(1, 2)
-        return read.view(rows, -1, runs.length)
+        return read.view(rows, -1, runs.each.length)
 
     def _write(self, runs: Runs, blocks: torch.Tensor, elements: torch.Tensor) -> None:
         if runs.across:
             elements = elements.transpose(1, 2)
         values = elements.reshape(self._shape_read(runs, blocks)).contiguous().numpy()
-        moves.write_runs(*runs[:3], blocks.numpy(), runs.across, values)
+        moves.write_runs(*runs.each[:3], blocks.numpy(), runs.across, values)

@@ -7,6 +7,7 @@ from typing import Any
 
 import llvmlite.binding.ffi
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -56,13 +57,19 @@ LANES = 32
 
 
 @intrinsic
-def at_address(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer, for :func:`numba.carray`."""
+def _pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(address), codegen
+
+
+@compiled
+def elements_at(address: int, like: np.ndarray) -> np.ndarray:
+    """All memory from an address on, as elements of ``like``'s type."""
+    return numba.carray(_pointer(address), (1 << 62,), dtype=like.dtype)
 
 
 def _in_32_bits(instruction: str) -> Any:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
-from vllm_kvcompress.worker.cpu.intrinsics import at_address, compiled, fetch
+from vllm_kvcompress.worker.cpu.intrinsics import compiled, elements_at, fetch
 from vllm_kvcompress.worker.cpu.numbers import Format, decode, encode, number
 
 MEAN, MAX, BEST = 0, 1, 2
@@ -242,8 +241,8 @@ def merge_part(
     count, made = sources.shape[0], merges.shape[1]
     half, half_block = size // 2, scratch.shape[1] // 2
     layers, item = part.caches.shape[0], like.itemsize
-    for layer in range(part.caches.shape[0]):
-        cache = numba.carray(at_address(part.caches[layer]), (1 << 62,), dtype=like.dtype)
+    for layer in range(layers):
+        cache = elements_at(part.caches[layer], like)
         for head in range(heads):
             for index in range(made):
                 level, out = merges[0, index], scratch[index]

@@ -18,15 +18,14 @@ scratch
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from vllm_kvcompress.worker.cpu.intrinsics import (
     LANES,
-    at_address,
     compiled,
     compress,
     copy,
+    elements_at,
     fetch,
 )
 from vllm_kvcompress.worker.cpu.numbers import Format, decode, number
@@ -55,7 +54,7 @@ def move_across(
     width = scratch.shape[1]
     flat = scratch.reshape(-1)
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (page,), dtype=scratch.dtype)
+        cache = elements_at(caches[layer], scratch)
         for head in range(heads):
             row = tokens[layer * heads + head]
             done = 0
@@ -103,7 +102,7 @@ def move_along(
     heads, size = starts.shape
     kept, item = tokens.shape[1], scratch.itemsize
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (page,), dtype=scratch.dtype)
+        cache = elements_at(caches[layer], scratch)
         for head in range(heads):
             row = tokens[layer * heads + head]
             block, later = 0, 0
@@ -144,7 +143,7 @@ def squared_norms_across(
     heads, dims = starts.shape
     item = like.itemsize
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (1 << 62,), dtype=like.dtype)
+        cache = elements_at(caches[layer], like)
         for head in range(heads):
             for index in range(blocks.shape[0]):
                 ahead = blocks[min(index + 1, blocks.shape[0] - 1)] * page
@@ -178,7 +177,7 @@ def squared_norms_along(
     heads, size = starts.shape
     item = like.itemsize
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (1 << 62,), dtype=like.dtype)
+        cache = elements_at(caches[layer], like)
         for head in range(heads):
             for index in range(blocks.shape[0]):
                 ahead = blocks[min(index + 1, blocks.shape[0] - 1)] * page
@@ -237,7 +236,7 @@ def read_runs(
     per_run, per_block = (count, 1) if across else (1, runs)
     flat = out.reshape(-1)
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (page,), dtype=out.dtype)
+        cache = elements_at(caches[layer], out)
         for head in range(heads):
             first = (layer * heads + head) * runs * count
             for block in range(count):
@@ -262,7 +261,7 @@ def write_runs(
     per_run, per_block = (count, 1) if across else (1, runs)
     flat = values.reshape(-1)
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (page,), dtype=values.dtype)
+        cache = elements_at(caches[layer], values)
         for head in range(heads):
             first = (layer * heads + head) * runs * count
             for block in range(count):
@@ -288,7 +287,7 @@ def read_numbers(
     count, length = blocks.shape[0], out.shape[3]
     per_run, per_block = (count, 1) if across else (1, runs)
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (1 << 62,), dtype=like.dtype)
+        cache = elements_at(caches[layer], like)
         for head in range(heads):
             for block in range(count):
                 for run in range(runs):
@@ -312,7 +311,7 @@ def read_tokens_across(
     heads, dims = starts.shape
     item = like.itemsize
     for layer in range(caches.shape[0]):
-        cache = numba.carray(at_address(caches[layer]), (1 << 62,), dtype=like.dtype)
+        cache = elements_at(caches[layer], like)
         for head in range(heads):
             for index in range(blocks.shape[0]):
                 ahead = blocks[min(index + 1, blocks.shape[0] - 1)] * page
