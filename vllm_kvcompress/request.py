@@ -19,6 +19,9 @@ from vllm_kvcompress.settings import Settings, SettingsError, parse_settings
 PREFIX = "kvcompress_"
 """Start of the keys that are ours."""
 
+REPORT_KEY = f"{PREFIX}report"
+"""Key that puts a request's account into its answer."""
+
 MOST_TOKENS = 1_000_000_000
 """Largest number that a request may name; far beyond any context."""
 
@@ -40,7 +43,7 @@ class RequestSettings(BaseModel):
     context_tokens : int or None
         First tokens of the prompt that are compressed before the others are computed.
     report : bool
-        Accepted, and without effect yet.
+        Whether the answer carries the request's account; changes nothing of what is kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

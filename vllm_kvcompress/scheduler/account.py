@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.scheduler.spec import band_of
 
 MAX_MOMENTS = 64
 """Moments kept of one request; when there are more, every second one is forgotten."""
@@ -30,7 +30,7 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, spec: object, layers: int) -> Group:
         """Group of so many layers with a KV cache spec."""
-        return cls(spec.band if isinstance(spec, CompressedAttentionSpec) else -1, layers)
+        return cls(band_of(spec), layers)
 
 
 class Moment(NamedTuple):

@@ -20,12 +20,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from vllm_kvcompress.histogram import KV_BYTES, Histogram
+from vllm_kvcompress.request import REPORT_KEY
 from vllm_kvcompress.scheduler.account import Account, Group, Moment
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.settings import Settings
-
-REPORT_KEY = "kvcompress_report"
-"""Key of a request's ``extra_args`` (``vllm_xargs``) that puts its account into the response."""
 
 
 @dataclass

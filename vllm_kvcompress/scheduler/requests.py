@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,16 +97,11 @@ class RequestSchedules:
 
     def _least_budget(self, settings: Settings) -> int:
         """Smallest budget, in whole blocks, that leaves every band room."""
-        low, high = 1, -(-self.max_model_len // self.block_size)
+        high = -(-self.max_model_len // self.block_size)
         while not self._has_room(settings, high):
             high *= 2
-        while low < high:
-            middle = (low + high) // 2
-            if self._has_room(settings, middle):
-                high = middle
-            else:
-                low = middle + 1
-        return low * self.block_size
+        has_room = functools.partial(self._has_room, settings)
+        return (1 + bisect_left(range(1, high), True, key=has_room)) * self.block_size
 
     def _has_room(self, settings: Settings, blocks: int) -> bool:
         budget = settings.model_copy(update={"budget": blocks * self.block_size})

@@ -14,15 +14,15 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvcompress.request import asked, own_keys
+from vllm_kvcompress.request import REPORT_KEY, asked, own_keys
 from vllm_kvcompress.scheduler import utility
-from vllm_kvcompress.scheduler.accounts import REPORT_KEY, Accounts
+from vllm_kvcompress.scheduler.accounts import Accounts
 from vllm_kvcompress.scheduler.groups import check_groups
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.requests import RequestSchedules
-from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.scheduler.spec import band_of
 from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 
@@ -47,10 +47,9 @@ class KVCompressSchedulerMixin(Scheduler):
             self.kv_cache_manager.block_pool,
             self._trajectory_of,
         )
-        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         self._request_schedules = RequestSchedules(
             settings,
-            [spec.band if isinstance(spec, CompressedAttentionSpec) else -1 for spec in specs],
+            [band_of(group.kv_cache_spec) for group in self.kv_cache_config.kv_cache_groups],
             self.vllm_config.model_config.get_num_layers(self.vllm_config.parallel_config),
             self.block_size,
             self.max_model_len,
@@ -86,11 +85,11 @@ class KVCompressSchedulerMixin(Scheduler):
         The API process has refused what cannot be used. Who comes here without passing it gets
         the server's settings instead of an error that would end the engine.
         """
-        prompt, extra_args = request.num_prompt_tokens, _extra_args(request)
-        if own_keys(extra_args).keys() - {REPORT_KEY}:
+        prompt = request.num_prompt_tokens
+        if wishes := _wishes(request):
             schedules = self._request_schedules
             try:
-                trajectory = schedules.trajectory(prompt, extra_args)
+                trajectory = schedules.trajectory(prompt, wishes)
             except SettingsError as error:
                 logger.warning("kvcompress: request %s: %s", request.request_id, error)
             else:
@@ -107,11 +106,11 @@ class KVCompressSchedulerMixin(Scheduler):
 
     def _in_force(self, request: Request) -> tuple[Settings, int | None]:
         """Settings that a request is compressed by, and its context; for its account."""
-        if own_keys(_extra_args(request)).keys() - {REPORT_KEY}:
+        if wishes := _wishes(request):
             trajectory = self.kvcompress.state(request).trajectory
             own = trajectory.schedule, trajectory.context_tokens
             if own != (self.kvcompress.schedule, None):
-                return asked(self._request_schedules.server, _extra_args(request))
+                return asked(self._request_schedules.server, wishes)
         return self._request_schedules.server, None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -204,8 +203,11 @@ class KVCompressSchedulerMixin(Scheduler):
         )
 
 
-def _extra_args(request: Request) -> dict[str, Any] | None:
-    return request.sampling_params.extra_args if request.sampling_params is not None else None
+def _wishes(request: Request) -> dict[str, Any]:
+    """Our keys of a request, if any of them says how it is to be compressed."""
+    params = request.sampling_params
+    keys = own_keys(params.extra_args if params is not None else None)
+    return keys if keys.keys() - {REPORT_KEY} else {}
 
 
 class KVCompressScheduler(KVCompressSchedulerMixin, Scheduler):

@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_kvcompress.scheduler.account import state_of
 from vllm_kvcompress.scheduler.accounts import Accounts
-from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
+from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec, band_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -87,7 +87,7 @@ def _layout(config: KVCacheConfig, accounts: Accounts) -> dict[str, Any]:
         limits = spec.limits if isinstance(spec, CompressedAttentionSpec) else None
         groups.append(
             {
-                "band": spec.band if isinstance(spec, CompressedAttentionSpec) else -1,
+                "band": band_of(spec),
                 "layers": [extract_layer_index(name) for name in group.layer_names],
                 "budget": limits.budget if limits else None,
                 "keep_ratio": float(limits.ratio) if limits and limits.ratio else None,

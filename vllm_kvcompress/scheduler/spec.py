@@ -73,3 +73,8 @@ class CompressedAttentionSpec(FullAttentionSpec):
             largest = self.largest or self.limits
             tokens = max(peak_tokens(schedule, own, tokens) for own in (self.limits, largest))
         return cdiv(tokens, self.block_size) * self.page_size_bytes
+
+
+def band_of(spec: object) -> int:
+    """Band of a KV cache spec, -1 if its layers keep every token."""
+    return spec.band if isinstance(spec, CompressedAttentionSpec) else -1

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from vllm_kvcompress.histogram import SECONDS, Histogram
 from vllm_kvcompress.methods import MERGING, Method, NormMethod, ScoreContext
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages, tensor_of
@@ -61,6 +62,8 @@ class Compactor:
         self.total_heads = total_heads
         self.block_size, self.heads, _ = next(iter(groups.values())).shape
         self.totals = CompactionTotals()
+        self.times = Histogram(SECONDS)
+        """Seconds on the host for all plans of a step."""
         self.on_kept: Callable[[CompactionPlan, int, torch.Tensor], None] | None = None
         """For tests: called with plan, layer and kept indices ``[kv_heads, kept]``."""
         self.on_written: Callable[[CompactionPlan, int, torch.Tensor], None] | None = None
@@ -75,7 +78,9 @@ class Compactor:
             self.totals.compactions += 1
             self.totals.blocks_freed += plan.removed
             self.totals.tokens_removed += plan.removed * self.block_size
-        self.totals.seconds += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.totals.seconds += took
+        self.times.observe(took)
 
     def _run(self, plan: CompactionPlan) -> None:
         pages = self.groups[plan.group]

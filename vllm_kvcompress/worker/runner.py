@@ -15,7 +15,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_kvcompress.attention.holes import HoleCounts
-from vllm_kvcompress.histogram import SECONDS, Histogram
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
 from vllm_kvcompress.settings import SettingsError
 from vllm_kvcompress.worker.setup import WorkerState, compressed_specs, connect
@@ -31,8 +30,6 @@ class CompressedRunner(Base):
     """What both runners share."""
 
     kvcompress: WorkerState | None = None
-    kvcompress_times: Histogram
-    """Seconds on the host for all compactions of a step."""
     holes_by_slot = False
     """Whether attention metadata names request slots instead of rows of the batch."""
 
@@ -45,7 +42,7 @@ class CompressedRunner(Base):
     ) -> None:
         """Allocate as vLLM does, then learn the pages and take over the attention groups."""
         # Our views would keep a cache alive that vLLM means to give back.
-        self.kvcompress, self.kvcompress_times = None, Histogram(SECONDS)
+        self.kvcompress = None
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         if not is_profiling:
             self.kvcompress = connect(self, self._block_table_widths(), self.holes_by_slot)
@@ -59,10 +56,7 @@ class CompressedRunner(Base):
         plans: list[CompactionPlan] | None = getattr(output, PLANS_ATTRIBUTE, None)
         if plans:
             assert self.kvcompress is not None
-            totals = self.kvcompress.compactor.totals
-            before = totals.seconds
             self.kvcompress.compactor.run(plans)
-            self.kvcompress_times.observe(totals.seconds - before)
             for plan in plans:
                 self._rewrite_row(plan, self.kvcompress.holes)
 

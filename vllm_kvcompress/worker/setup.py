@@ -72,19 +72,11 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
         )
     if len({specs[name] for name in eligible.values()}) > 1:
         raise SettingsError("kvcompress: mixed head sizes cannot be compressed yet.")
-    bands = plan_bands(
-        settings,
-        config.model_config.get_num_layers(config.parallel_config),
-        next(iter(specs.values())).block_size,
-        sorted(eligible),
-        longest=config.model_config.max_model_len,
-    )
-    largest = largest_limits(
-        settings,
-        config.model_config.get_num_layers(config.parallel_config),
-        next(iter(specs.values())).block_size,
-        config.model_config.max_model_len,
-    )
+    num_layers = config.model_config.get_num_layers(config.parallel_config)
+    block_size = next(iter(specs.values())).block_size
+    longest = config.model_config.max_model_len
+    bands = plan_bands(settings, num_layers, block_size, sorted(eligible), longest=longest)
+    largest = largest_limits(settings, num_layers, block_size, longest)
     result = dict(specs)
     for band in bands:
         for layer in band.layers:

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress.histogram import SECONDS, Histogram
 from vllm_kvcompress.worker.runner import adapt
 
 
@@ -37,8 +38,9 @@ class KVCompressWorkerMixin(Worker):
         dict
             ``bounds`` in seconds, ``counts`` and ``sum`` of a histogram.
         """
-        times: dict[str, Any] = self.model_runner.kvcompress_times.as_dict()
-        return times
+        state = self.model_runner.kvcompress
+        times: Histogram = state.compactor.times if state is not None else Histogram(SECONDS)
+        return times.as_dict()
 
 
 class KVCompressGPUWorker(KVCompressWorkerMixin, Worker):
