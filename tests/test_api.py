@@ -190,6 +190,15 @@ def test_unknown_request(unknown: str, client: TestClient) -> None:
     assert error["code"] == 404 and "is known" in error["message"]
 
 
+def test_a_request_younger_than_the_snapshot(client: TestClient, cores: Cores) -> None:
+    """Known as soon as its engine knows it, not only once the interval is over."""
+    assert client.get("/v1/kvcompress/summary").status_code == 200
+    cores.cores[0].add_named("cmpl-young-0-0123abcd", 3)
+    found = strict(models.AccountWithHistory, client.get("/v1/kvcompress/requests/cmpl-young"))
+    assert found.id == "cmpl-young-0-0123abcd"
+    assert found.state == "waiting"
+
+
 def test_config(client: TestClient) -> None:
     found = strict(models.Config, client.get("/v1/kvcompress/config"))
     assert found.settings["budget"] == 512

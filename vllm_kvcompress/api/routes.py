@@ -64,6 +64,10 @@ async def get_request(request: Request, request_id: str) -> Response:
     """Memory account of one request and its course, by the id of its response."""
     snapshots = await _fresh(request)
     report = views.find(snapshots, request_id)
+    if report is None:
+        # It may be younger than the snapshot.
+        snapshots = await _fresh(request, request_id)
+        report = views.find(snapshots, request_id)
     if report is not None and report["state"] != "finished":
         # Its history is in the next snapshot, by which time it may have finished.
         snapshots = await _fresh(request, report["id"])
