@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.lock
 ARGS ?=
+# Test processes, each on a core of its own; an engine takes about 2 GB.
+JOBS ?= 2
 
 # First interpreter that is new enough; the lock file was made with 3.11.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -55,7 +57,7 @@ test: export MALLOC_MMAP_MAX_ ?= 0
 test: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 test: export MALLOC_TOP_PAD_ ?= 67108864
 test: $(DONE)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(DONE)
 	$(BIN)/ruff check .

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+ALL_CORES = os.sched_getaffinity(0)
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # In-process engines of two workers would bind to the same core and spin there.
+    cores = sorted(ALL_CORES)
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Let a test and what it starts run anywhere, not only on the core of its worker."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALL_CORES)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from test_engine import make_prompts
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a core for each rank")
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("method", [pytest.param("knorm", marks=pytest.mark.slow), "random"])
 def test_two_ranks(method: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"method": method, "budget": 128, "recent_tokens": 16, "interval": 16}
