@@ -2,7 +2,7 @@
 
 import sys
 
-from vllm_kvcompress.serving import main
+from vllm_kvcompress.serving.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (what torch and vLLM read when they are imported comes before them)
 """Models shared by the tests."""
 
 from __future__ import annotations

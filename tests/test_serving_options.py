@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcompress import allow, bundled, cli, serving
+from vllm_kvcompress import bundled, cli
 from vllm_kvcompress.api.plugin import KVCompressEndpoints
+from vllm_kvcompress.serving import allow, announce, main, options
+from vllm_kvcompress.serving import command as commands
 from vllm_kvcompress.settings import Settings, SettingsError, parse_settings
 
 
@@ -39,9 +41,9 @@ def model(directory: Path, layers: int = 30, **config: Any) -> str:
     return str(directory)
 
 
-def command(*argv: str) -> serving.Command:
-    raw, rest = serving.split_arguments(argv)
-    return serving.build_command(raw, rest, serving.inspect_arguments(rest))
+def command(*argv: str) -> commands.Command:
+    raw, rest = options.split_arguments(argv)
+    return commands.build_command(raw, rest, commands.inspect_arguments(rest))
 
 
 def vllm_reads(argv: list[str]) -> argparse.Namespace:
@@ -83,30 +85,30 @@ def test_option_becomes_setting(option: str, value: str, setting: object) -> Non
         [f"--kvcompress-{option}={value}"],
         [f"--kvcompress_{name}={value}"],
     ):
-        raw, rest = serving.split_arguments(argv)
+        raw, rest = options.split_arguments(argv)
         assert rest == []
         assert getattr(parse_settings(raw), name) == setting
 
 
 def test_every_setting_has_an_option() -> None:
     parser = argparse.ArgumentParser()
-    serving.add_options(parser)
-    options = {flag for action in parser._actions for flag in action.option_strings}
+    options.add_options(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
     for name in Settings.model_fields:
-        assert "--kvcompress-" + name.replace("_", "-") in options
+        assert "--kvcompress-" + name.replace("_", "-") in flags
     assert parser.parse_args([]) == argparse.Namespace()  # no defaults of its own
 
 
 def test_setting_types_with_and_without_a_command_line_form() -> None:
-    assert serving._converter(bool)("true") is True
-    assert serving._converter(bool | None)("False") is False
-    assert serving._converter(int | None)("many") == "many"
+    assert options._converter(bool)("true") is True
+    assert options._converter(bool | None)("False") is False
+    assert options._converter(int | None)("many") == "many"
     with pytest.raises(TypeError):
-        serving._converter(dict[str, int])
+        options._converter(dict[str, int])
 
 
 def test_other_arguments_are_kept_in_order() -> None:
-    raw, rest = serving.split_arguments(
+    raw, rest = options.split_arguments(
         ["model", "--port", "9", "--kvcompress-budget", "512", "-tp", "2", "--x.y", "-1"]
     )
     assert raw == {"budget": 512}
@@ -135,7 +137,7 @@ def test_other_arguments_are_kept_in_order() -> None:
 def test_bad_settings_end_with_one_sentence(
     demo: str, argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert serving.main(argv) == 2
+    assert main.main(argv) == 2
     output = capsys.readouterr()
     assert output.out == ""
     sentence = output.err.strip()
@@ -147,14 +149,14 @@ def test_bad_settings_end_with_one_sentence(
 
 def test_option_unknown_to_vllm_ends_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        serving.main(["--no-such-option", "3"])
+        main.main(["--no-such-option", "3"])
     assert stopped.value.code == 2
     assert "--no-such-option" in capsys.readouterr().err
 
 
 def test_help_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        serving.main(["--help"])
+        main.main(["--help"])
     assert stopped.value.code == 0
     output = capsys.readouterr().out
     assert "--kvcompress-budget" in output
@@ -250,10 +252,10 @@ def test_a_named_model_gets_no_demo_defaults() -> None:
 
 def test_hands_over_to_the_vllm_command(demo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(serving, "require_plugin", lambda: None)
-    monkeypatch.setattr(serving, "allow_endpoints", lambda: None)
+    monkeypatch.setattr(main, "require_plugin", lambda: None)
+    monkeypatch.setattr(main, "allow_endpoints", lambda: None)
     monkeypatch.setattr(cli, "main", lambda: seen.append(sys.argv) or 0)
-    assert serving.main(["--kvcompress-budget", "512"]) == 0
+    assert main.main(["--kvcompress-budget", "512"]) == 0
     assert seen[0][:3] == ["vllm", "serve", demo]
 
 
@@ -323,18 +325,18 @@ def test_our_endpoints_are_an_entry_point() -> None:
 
 def test_announcement_of_the_dashboard(demo: str) -> None:
     one = command("--port", "9000")
-    assert "http://127.0.0.1:9000/kvcompress" in serving.announce_accounts(one, None)
-    assert "no dashboard and no /v1/kvcompress: why." in serving.announce_accounts(one, "why")
-    assert serving.announce_accounts(command("m", "--headless"), None) == ""
+    assert "http://127.0.0.1:9000/kvcompress" in announce.announce_accounts(one, None)
+    assert "no dashboard and no /v1/kvcompress: why." in announce.announce_accounts(one, "why")
+    assert announce.announce_accounts(command("m", "--headless"), None) == ""
 
 
 # A plugin that vLLM does not load would mean no compression, silently
 
 
 def test_missing_entry_point_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "entry_points", lambda **_: ())
+    monkeypatch.setattr(main, "entry_points", lambda **_: ())
     with pytest.raises(SettingsError, match="not installed"):
-        serving.require_plugin()
+        main.require_plugin()
 
 
 @pytest.mark.parametrize(
@@ -343,21 +345,21 @@ def test_missing_entry_point_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_plugin_left_out_by_vllm_is_refused(
     allowed: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "entry_points", lambda **_: ("plugin",))
+    monkeypatch.setattr(main, "entry_points", lambda **_: ("plugin",))
     if allowed is not None:
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
     if not refused:
-        serving.require_plugin()
+        main.require_plugin()
         return
     with pytest.raises(SettingsError, match="VLLM_PLUGINS"):
-        serving.require_plugin()
+        main.require_plugin()
 
 
 # What is printed
 
 
 def test_announcement_of_the_demo(demo: str) -> None:
-    text = serving.announcement(command("--kvcompress-budget", "512", "--port", "9000"))
+    text = announce.announcement(command("--kvcompress-budget", "512", "--port", "9000"))
     assert "http://127.0.0.1:9000" in text
     body = json.loads(text.split("-d '")[1].split("'")[0])
     assert body["model"] == "SmolLM2-135M-Instruct"
@@ -367,7 +369,7 @@ def test_announcement_of_the_demo(demo: str) -> None:
 
 
 def test_announcement_of_stock_vllm(demo: str) -> None:
-    text = serving.announcement(command("--kvcompress-method", "none"))
+    text = announce.announcement(command("--kvcompress-method", "none"))
     assert "Compression is off" in text
 
 
@@ -384,7 +386,7 @@ def test_announcement_of_stock_vllm(demo: str) -> None:
     ],
 )
 def test_example_request(argv: list[str], expected: str) -> None:
-    text = serving.announcement(command("m", *argv))
+    text = announce.announcement(command("m", *argv))
     assert expected in text
     assert "secret" not in text
 
@@ -392,7 +394,7 @@ def test_example_request(argv: list[str], expected: str) -> None:
 def test_layer_count_only_where_it_is_certain(tmp_path: Path) -> None:
     from transformers import MistralConfig
 
-    assert serving.uniform_layer_count(model(tmp_path / "plain", layers=12)) == 12
-    assert serving.uniform_layer_count(str(tmp_path / "nowhere")) is None
+    assert announce.uniform_layer_count(model(tmp_path / "plain", layers=12)) == 12
+    assert announce.uniform_layer_count(str(tmp_path / "nowhere")) is None
     MistralConfig(sliding_window=64).save_pretrained(tmp_path / "sliding")
-    assert serving.uniform_layer_count(str(tmp_path / "sliding")) is None
+    assert announce.uniform_layer_count(str(tmp_path / "sliding")) is None
