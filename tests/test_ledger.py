@@ -29,7 +29,7 @@ from vllm.v1.request import RequestStatus
 from vllm_kvcompress import levels
 from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Merges, Round, plan_merges
-from vllm_kvcompress.scheduler import trajectory
+from vllm_kvcompress.scheduler import schedule, trajectory
 from vllm_kvcompress.scheduler.account import Account
 from vllm_kvcompress.scheduler.accounts import Accounts
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
@@ -446,7 +446,7 @@ def compact_the_prompt_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def protect_first_generated_tokens(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trajectory, "without_sinks", tuple)
+    patch.setattr(schedule, "without_sinks", tuple)
 
 
 def take_the_servers_settings(patch: pytest.MonkeyPatch) -> None:
