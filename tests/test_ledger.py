@@ -23,7 +23,6 @@ from hypothesis.stateful import (
 )
 from ledger import Ledger, kind_of_merging
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress import levels
@@ -32,6 +31,7 @@ from vllm_kvcompress.levels import Merges, Round, plan_merges
 from vllm_kvcompress.scheduler import schedule, trajectory
 from vllm_kvcompress.scheduler.account import Account
 from vllm_kvcompress.scheduler.accounts import Accounts
+from vllm_kvcompress.scheduler.coordinator import CompressedCoordinator
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.region import Change, Region
@@ -344,15 +344,15 @@ def hash_after_compaction(patch: pytest.MonkeyPatch) -> None:
 
 def hash_in_groups_that_keep_all(patch: pytest.MonkeyPatch) -> None:
     """The flag per group instead of per request."""
-    cache_blocks = FullAttentionManager.cache_blocks
 
-    def cache(manager: CompressedAttentionManager, request: Any, *args: Any, **kw: Any) -> None:
-        state = manager.planner._states.get(request.request_id)
-        if state is None or not state.trajectory.removed[manager.kv_cache_group_id]:
-            cache_blocks(manager, request, *args, **kw)
+    def cache(coordinator: CompressedCoordinator, request: Any, tokens: int) -> None:
+        state = coordinator.planner._states.get(request.request_id)
+        for group, manager in enumerate(coordinator.single_type_managers):
+            exact = state is None or not state.trajectory.removed[group]
+            if manager.enable_caching and exact:
+                manager.cache_blocks(request, tokens, replay_boundaries=())
 
-    patch.setattr(CompressedAttentionManager, "cache_blocks", cache)
-    patch.setattr(Planner, "started", lambda planner, name: False)
+    patch.setattr(CompressedCoordinator, "cache_blocks", cache)
 
 
 def keep_plans_of_the_preempted(patch: pytest.MonkeyPatch) -> None:
@@ -379,7 +379,14 @@ def let_chunks_pass(patch: pytest.MonkeyPatch) -> None:
 
 
 def skip_what_lacks_blocks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Planner, "is_blocked", lambda planner, group, name: False)
+    blocks = CompressedCoordinator.get_num_blocks_to_allocate
+
+    def carefree(coordinator: Any, name: str, *args: Any, **kw: Any) -> int:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(coordinator.planner, "is_due", lambda name: False)
+            return blocks(coordinator, name, *args, **kw)
+
+    patch.setattr(CompressedCoordinator, "get_num_blocks_to_allocate", carefree)
 
 
 def wait_for_processed_tokens(patch: pytest.MonkeyPatch) -> None:
