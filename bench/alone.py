@@ -7,7 +7,7 @@ import json
 import sys
 
 from bench.machine import machine
-from bench.suite import Options, Scenario
+from bench.suite import Effort, Options, Scenario
 
 
 def run_alone(scenario: Scenario, about: str | None) -> None:
@@ -26,7 +26,7 @@ def run_alone(scenario: Scenario, about: str | None) -> None:
     parser.add_argument("--repeats", type=int, default=0, help="rounds of every comparison")
     parser.add_argument("--keys", default="", help="only cases with this in their key")
     chosen = parser.parse_args()
-    effort = "quick" if chosen.quick else "short" if chosen.short else "full"
+    effort: Effort = "quick" if chosen.quick else "short" if chosen.short else "full"
     results = {}
     for case in scenario.cases(Options(effort=effort, repeats=chosen.repeats)):
         if chosen.keys in case.key:
