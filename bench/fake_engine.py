@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -248,9 +248,3 @@ def answer(output: SchedulerOutput, requests: Mapping[str, Request]) -> ModelRun
 def sampled(request: Request) -> list[int]:
     """Tokens sampled for a request in the step that was just scheduled."""
     return [TOKEN] if request.num_computed_tokens >= request.num_tokens else []
-
-
-def add(scheduler: Scheduler, requests: Iterable[Request]) -> None:
-    """Add requests to a scheduler."""
-    for request in requests:
-        scheduler.add_request(request)

@@ -14,60 +14,29 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.alone import run_alone
+from bench.paper import (
+    BLOCK_SIZE,
+    GPU_BYTES,
+    INTERVAL,
+    MAX_REQUESTS,
+    OVERHEAD_BYTES,
+    TOKENS_PER_STEP,
+    UTILIZATION,
+    Large,
+    draw,
+    on_paper,
+)
 from bench.plotting import line_plot
 from bench.report import table
 from bench.suite import Case, Options, Results
 
-GPU_BYTES = 80e9
-UTILIZATION = 0.9
-"""vLLM's ``gpu_memory_utilization``, at its former default of 0.9."""
-
-OVERHEAD_BYTES = 3e9
-"""Assumed per GPU for activations, CUDA graphs and buffers; vLLM measures it at start-up."""
-
-BLOCK_SIZE = 16
-TOKENS_PER_STEP = 8192
-MAX_REQUESTS = 2048
-"""High enough not to be the limit."""
-
-INTERVAL = 128
-
 FILLED = 4
 """Times as many requests as run at once, for the pool to be full while the middle ones end."""
-
-
-@dataclass(frozen=True)
-class Large:
-    """A model, with the sizes that decide its memory.
-
-    Attributes
-    ----------
-    parameters : float
-        All in bfloat16.
-    layers, kv_heads, head_size : int
-    """
-
-    parameters: float
-    layers: int
-    kv_heads: int
-    head_size: int = 128
-
-    def kv_bytes(self, tensor_parallel: int) -> int:
-        """KV memory of one GPU."""
-        weights = 2 * self.parameters / tensor_parallel
-        return int(UTILIZATION * GPU_BYTES - weights - OVERHEAD_BYTES)
-
-    def token_bytes(self, tensor_parallel: int) -> int:
-        """Bytes of one token in all layers, on one GPU."""
-        heads = max(1, self.kv_heads // tensor_parallel)
-        return 2 * 2 * self.layers * heads * self.head_size
-
 
 MODELS = {
     "Llama-3.1-8B": Large(8.03e9, layers=32, kv_heads=8),
@@ -182,58 +151,6 @@ class Scale:
             return []
         path = directory / "simulated-concurrency-against-budget.png"
         return [line_plot(path, lines, "Budget, tokens", "Requests at once")]
-
-
-def draw(prompt: int, output: int, requests: int) -> Iterator[tuple[int, int]]:
-    """Prompt and output lengths, the same in every run."""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    for _ in range(requests):
-        yield (
-            int(random.integers(prompt // 2, prompt + prompt // 2, endpoint=True)),
-            int(random.integers(output // 2, output + output // 2, endpoint=True)),
-        )
-
-
-def on_paper(
-    lengths: Sequence[tuple[int, int]], pool: int, budget: int | None
-) -> dict[str, float | str]:
-    """Requests that run at once, without looking at any scheduler.
-
-    Parameters
-    ----------
-    lengths : sequence of (int, int)
-        Prompt and output tokens of the requests.
-    pool : int
-        Tokens that the cache has room for.
-    budget : int or None
-        ``None`` for stock vLLM.
-    """
-    outputs = sum(output for _, output in lengths)
-    held = sum(output * mean_held(prompt, output, budget) for prompt, output in lengths) / outputs
-    # A step feeds every request with a token, and with prompts as many as end with it.
-    prompts = sum(prompt for prompt, _ in lengths)
-    limits = {
-        "memory": pool / held,
-        "tokens per step": TOKENS_PER_STEP / (1 + prompts / outputs),
-        "max_num_seqs": float(MAX_REQUESTS),
-    }
-    limit = min(limits, key=lambda name: limits[name])
-    return {"tokens_held": held, "concurrency": limits[limit], "limit": limit}
-
-
-def mean_held(prompt: int, output: int, budget: int | None) -> float:
-    """Tokens' worth of blocks that a request holds on average while it decodes."""
-    rounding = BLOCK_SIZE / 2
-    if budget is None or prompt + output <= budget:
-        return prompt + output / 2 + rounding
-    # The first grid position past the budget; from there between budget and budget + interval.
-    first = max(0, -(-(budget + 1 - prompt) // INTERVAL)) * INTERVAL
-    whole = min(first, output)
-    later = output - whole
-    mean = whole * (prompt + whole / 2 + rounding) + later * (budget + INTERVAL / 2)
-    return mean / output
 
 
 def simulate(
