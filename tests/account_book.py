@@ -6,11 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 from vllm.v1.request import Request
 
 from vllm_kvcompress.scheduler.scheduler import KVCompressSchedulerMixin
 from vllm_kvcompress.scheduler.snapshot import MAX_WAITING, take_snapshot
+
+
+def is_near(found: float, expected: float, within: float = 0) -> bool:
+    """Equal but for rounding; pytest's own would be slow here."""
+    return abs(found - expected) <= max(within, 1e-6 * expected)
 
 
 class AccountBook:
@@ -48,9 +52,9 @@ class AccountBook:
         charged = 0.0
         for name, groups in rows.items():
             charged += self._check_live(live[name], name, groups, holders, requests[name])
-        assert charged == pytest.approx(len(set(holders) - {0}))
+        assert is_near(charged, len(holders.keys() - {0}))
         held = sum(report["bytes_held"] for report in live.values())
-        assert held == pytest.approx(found["pool"]["used_bytes"], abs=len(live))
+        assert is_near(held, found["pool"]["used_bytes"], len(live))
         states = Counter(report["state"] for report in live.values())
         assert states["running"] == found["requests"]["running"]
         assert states["waiting"] == found["requests"]["waiting"]
@@ -103,9 +107,9 @@ class AccountBook:
             whole += len(own)
         stock = -(-request.num_computed_tokens // size) * len(groups) if any(groups) else 0
         bytes_of = self.accounts.block_bytes
-        assert report["bytes_held"] == pytest.approx(share * bytes_of, abs=1)
+        assert is_near(report["bytes_held"], share * bytes_of, 1)
         uncompressed = share + stock - whole
-        assert report["bytes_uncompressed"] == pytest.approx(uncompressed * bytes_of, abs=1)
+        assert is_near(report["bytes_uncompressed"], uncompressed * bytes_of, 1)
         self._peaks[name] = max(self._peaks[name], whole)
         self._lengths[name] = max(self._lengths[name], stock)
         return share

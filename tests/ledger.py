@@ -132,8 +132,10 @@ class Ledger:
         """Hand the oldest undelivered output to the scheduler."""
         if not self._flight:
             return
+        known = len(self.scheduler.requests)
         self.scheduler.update_from_output(*self._flight.pop(0))
-        self.check()
+        if len(self.scheduler.requests) < known:  # Else only tokens were added.
+            self.check()
 
     @_checked
     def abort(self, name: str) -> None:

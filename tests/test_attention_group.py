@@ -233,6 +233,25 @@ def test_rows_follow_the_batch() -> None:
     assert not holes.rows.any()
 
 
+def test_counts_of_more_requests_than_there_are_rows() -> None:
+    """Those that were preempted are remembered until they finish or start anew."""
+    holes = HoleCounts(num_groups=2, max_num_reqs=2)
+    for number in range(1, 8):
+        holes.set(f"{number}", 1, number)
+    holes.arrange(["7", "2"])
+    assert holes.rows.tolist() == [[0, 0], [7, 2]]
+    holes.arrange(["7", "2"])
+    holes.set("2", 0, 9)
+    holes.arrange(["7", "2"])
+    assert holes.rows.tolist() == [[0, 9], [7, 2]]
+    holes.drop([f"{number}" for number in range(1, 8)])
+    holes.arrange(["7", "2"])
+    assert not holes.rows.any()
+    holes.set("8", 0, 3)
+    holes.arrange(["7", "8"])
+    assert holes.rows.tolist() == [[0, 3], [0, 0]], "the column of another request"
+
+
 def test_slots_of_the_batch() -> None:
     """V2: counts lie at slots; padding and rows without a request have none."""
     holes = HoleCounts(num_groups=1, max_num_reqs=4, by_slot=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -23,15 +23,15 @@ from hypothesis.stateful import (
 )
 from ledger import Ledger, kind_of_merging
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress import levels
 from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Merges, Round, plan_merges
-from vllm_kvcompress.scheduler import trajectory
+from vllm_kvcompress.scheduler import schedule, trajectory
 from vllm_kvcompress.scheduler.account import Account
 from vllm_kvcompress.scheduler.accounts import Accounts
+from vllm_kvcompress.scheduler.coordinator import CompressedCoordinator
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.region import Change, Region
@@ -43,7 +43,6 @@ MERGINGS = [
     None,
     Merging(None, count=True),
     Merging(Fraction(1, 4), count=True),
-    None,
     Merging(None, count=False),
     Merging(Fraction(1, 4), count=False),
 ]
@@ -77,7 +76,7 @@ def engines(draw: st.DrawFn) -> EngineOptions:
         limits.insert(draw(st.sampled_from([0, len(limits)])), None)
     # What merges holds more: one block per power of two of the longest request.
     room = (5, 12) if merging is None else (least, least + 8)
-    caching = draw(st.sampled_from([True, True, False]))
+    caching = draw(st.booleans())
     return EngineOptions(
         limits=tuple(limits),
         block_size=size,
@@ -90,20 +89,59 @@ def engines(draw: st.DrawFn) -> EngineOptions:
         v2_runner=draw(st.booleans()),
         # With priorities, stock vLLM may hash blocks of a request that it preempts in the
         # same step, before they are computed; that is not ours to test.
-        priority=not caching and draw(st.booleans()),
+        priority=not caching and draw(st.sampled_from([True, True, True, False])),
         zeroing=draw(st.booleans()),
         whole_prompt_must_fit=draw(st.booleans()),
         tokens_per_step=draw(st.integers(6, 4 * size + 8)),
-        max_requests=draw(st.integers(1, 6)),
+        max_requests=draw(st.sampled_from([1, 2, 3, 4, 5, 6, 6])),
     )
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """Lengths of a request, and whether and how it is compressed.
+
+    Attributes
+    ----------
+    length, outputs : int
+        Tokens of the prompt and tokens generated, if the pool has room for them.
+    kind : str
+        What of the server's settings it replaces.
+    blocks : int
+        Blocks added to its budget, or to its share, where it asks for its own.
+    prune_after : int
+        Where it asks for its own.
+    context : int or None
+    """
+
+    length: int
+    outputs: int
+    kind: str
+    blocks: int
+    prune_after: int
+    context: int | None
+
+
 @st.composite
-def wishes_of_requests(draw: st.DrawFn) -> tuple[str, int, int, int | None]:
-    """Whether and how a request is compressed: kind, more blocks, ``prune_after``, context."""
+def arrivals(draw: st.DrawFn) -> Arrival:
+    """Requests of all kinds."""
     kind = draw(st.sampled_from([*["as the server"] * 5, "own", "evict", "none"]))
-    context = draw(st.one_of(st.none(), st.none(), st.integers(1, 100)))
-    return kind, draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 20])), context
+    shape = draw(st.sampled_from(["plain", "plain", "plain", "any", "long context", "long answer"]))
+    # A context and what is generated after it have a budget each. A pool has hardly room for
+    # both, so that long ones are drawn apart: else neither would exceed its budget.
+    if shape == "long context":
+        length, outputs = draw(st.integers(40, 100)), draw(st.integers(1, 20))
+        context = length - draw(st.integers(0, 8))
+    elif shape == "long answer":
+        length, outputs = draw(st.integers(1, 16)), draw(st.integers(60, 120))
+        context = draw(st.integers(1, 16))
+    else:
+        length = draw(st.integers(1, 100))
+        outputs = draw(st.one_of(st.integers(1, 40), st.integers(1, 40), st.integers(60, 110)))
+        context = draw(st.integers(1, 100)) if shape == "any" else None
+    return Arrival(
+        length, outputs, kind, draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 20])), context
+    )
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -119,26 +157,18 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.ledger.scheduler.requests) < 8)
     @rule(
         document=st.integers(0, 2),
-        length=st.integers(1, 100),
         ending=st.sampled_from([0, 0, 3, 4]),
-        outputs=st.one_of(st.integers(1, 40), st.integers(1, 40), st.integers(60, 110)),
         priority=st.integers(0, 2),
         copies=st.sampled_from([1, 1, 2, 4]),
-        wish=wishes_of_requests(),
+        arrival=arrivals(),
     )
     def arrive(
-        self,
-        document: int,
-        length: int,
-        ending: int,
-        outputs: int,
-        priority: int,
-        copies: int,
-        wish: tuple[str, int, int, int | None],
+        self, document: int, ending: int, priority: int, copies: int, arrival: Arrival
     ) -> None:
         self.ledger.seen["rules"] += 1
+        length, outputs = arrival.length, arrival.outputs
         while True:
-            wishes = self._wishes(length, *wish)
+            wishes = self._wishes(length, arrival)
             bounds = self._bounds(wishes, length, length + outputs)
             if sum(bounds) < self.options.num_blocks:
                 break
@@ -150,13 +180,11 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.add(request, bounds, wishes)
             self.count += 1
 
-    def _wishes(
-        self, prompt: int, kind: str, blocks: int, prune_after: int, context: int | None
-    ) -> Wishes:
-        options = self.options
+    def _wishes(self, prompt: int, arrival: Arrival) -> Wishes:
+        options, kind, context = self.options, arrival.kind, arrival.context
         if kind != "as the server":
-            limits = [own and self._own(own, kind, blocks) for own in options.limits]
-            options = replace(options, limits=tuple(limits), prune_after=prune_after)
+            limits = [own and self._own(own, kind, arrival.blocks) for own in options.limits]
+            options = replace(options, limits=tuple(limits), prune_after=arrival.prune_after)
             self.ledger.seen[f"requests that ask: {kind}"] += 1
         fits = context is not None and options.phase != "decode" and kind != "none"
         return Wishes(options, min(context, prompt) if fits else None)
@@ -316,15 +344,15 @@ def hash_after_compaction(patch: pytest.MonkeyPatch) -> None:
 
 def hash_in_groups_that_keep_all(patch: pytest.MonkeyPatch) -> None:
     """The flag per group instead of per request."""
-    cache_blocks = FullAttentionManager.cache_blocks
 
-    def cache(manager: CompressedAttentionManager, request: Any, *args: Any, **kw: Any) -> None:
-        state = manager.planner._states.get(request.request_id)
-        if state is None or not state.trajectory.removed[manager.kv_cache_group_id]:
-            cache_blocks(manager, request, *args, **kw)
+    def cache(coordinator: CompressedCoordinator, request: Any, tokens: int) -> None:
+        state = coordinator.planner._states.get(request.request_id)
+        for group, manager in enumerate(coordinator.single_type_managers):
+            exact = state is None or not state.trajectory.removed[group]
+            if manager.enable_caching and exact:
+                manager.cache_blocks(request, tokens, replay_boundaries=())
 
-    patch.setattr(CompressedAttentionManager, "cache_blocks", cache)
-    patch.setattr(Planner, "started", lambda planner, name: False)
+    patch.setattr(CompressedCoordinator, "cache_blocks", cache)
 
 
 def keep_plans_of_the_preempted(patch: pytest.MonkeyPatch) -> None:
@@ -351,7 +379,14 @@ def let_chunks_pass(patch: pytest.MonkeyPatch) -> None:
 
 
 def skip_what_lacks_blocks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Planner, "is_blocked", lambda planner, group, name: False)
+    blocks = CompressedCoordinator.get_num_blocks_to_allocate
+
+    def carefree(coordinator: Any, name: str, *args: Any, **kw: Any) -> int:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(coordinator.planner, "is_due", lambda name: False)
+            return blocks(coordinator, name, *args, **kw)
+
+    patch.setattr(CompressedCoordinator, "get_num_blocks_to_allocate", carefree)
 
 
 def wait_for_processed_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -418,7 +453,7 @@ def compact_the_prompt_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def protect_first_generated_tokens(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trajectory, "without_sinks", tuple)
+    patch.setattr(schedule, "without_sinks", tuple)
 
 
 def take_the_servers_settings(patch: pytest.MonkeyPatch) -> None:

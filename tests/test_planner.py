@@ -404,8 +404,8 @@ def test_pooled_blocks_move_when_their_own_room_is_shared() -> None:
 # -- blocks that others will take ---------------------------------------------------------
 
 
-def promised(desk: Desk, besides: str = "none", group: int = 0, **rows: list[Any]) -> int:
-    return desk.planner.promised(group, besides, rows)
+def promised(desk: Desk, besides: str = "none", **rows: list[Any]) -> int:
+    return desk.planner.promised(besides, rows)
 
 
 def test_promised_after_prefill_is_what_leads_to_the_next_compaction() -> None:
@@ -414,9 +414,8 @@ def test_promised_after_prefill_is_what_leads_to_the_next_compaction() -> None:
     desk.planner.state(desk.requests["a"])
     assert promised(desk, a=rows[0]) == 0
     desk.planner.compact(0, "a", rows[0])
-    # 22 tokens are due next: 6 blocks, of which the row has 5, in every group.
-    assert promised(desk, a=rows[0]) == 1
-    assert promised(desk, a=rows[1], group=1) == 1
+    # 22 tokens are due next: 6 blocks, of which the row has 5, in each of both groups.
+    assert promised(desk, a=rows[0]) == 2
     assert promised(desk, a=rows[0], besides="a") == 0
     assert promised(desk, b=rows[0]) == promised(desk, a=[]) == 0
     row = [*rows[0], *desk.pool.get_new_blocks(1)]
@@ -438,22 +437,21 @@ def test_promised_during_prefill_is_what_leads_to_the_peak() -> None:
     row = desk.request("a", prompt=30, computed=8)
     desk.planner.state(desk.requests["a"])
     # 12 tokens, 3 blocks, are held at the most; all 30, 8 blocks, where nothing compacts.
-    assert promised(desk, a=row) == 3 - 2
-    assert promised(desk, a=row, group=1) == 8 - 2
+    assert promised(desk, a=row) == (3 - 2) + (8 - 2)
     assert promised(desk, a=row, besides="a") == 0
     row += desk.pool.get_new_blocks(1)
-    assert promised(desk, a=row) == 0
+    assert promised(desk, a=row) == 8 - 3
     desk.requests["a"].num_computed_tokens = 12
     desk.planner.compact(0, "a", row)
     assert ids(row)[0] == 0
-    assert promised(desk, a=row) == 3 - 2
+    assert promised(desk, a=row) == (3 - 2) + (8 - 3)
 
     # A request past its prompt counts as after prefill: 14 tokens, 4 blocks, are due next.
     other = desk.request("b", prompt=10, computed=10)
     desk.planner.compact(0, "b", other)
-    assert promised(desk, b=other) == 4 - 3
-    assert promised(desk, a=row, b=other) == 2
-    assert promised(desk, "b", a=row, b=other) == 1
+    assert promised(desk, b=other) == 2 * (4 - 3)
+    assert promised(desk, a=row, b=other) == 6 + 2
+    assert promised(desk, "b", a=row, b=other) == 6
     desk.requests["b"].max_tokens = 1
     assert promised(desk, b=other) == 0
 
@@ -486,20 +484,23 @@ def test_blocked_compaction_waits_until_blocks_are_freed() -> None:
         manager.num_cached_block |= {"0": 5, "1": 5}
     others = pool.get_new_blocks(pool.get_num_free_blocks() - 2)
 
-    def needed(group: int) -> int:
-        return managers[group].get_num_blocks_to_allocate("0", 21, [], 20, 20, 21)
+    coordinator = scheduler.kv_cache_manager.coordinator
+
+    def needed() -> int:
+        return coordinator.get_num_blocks_to_allocate("0", 21, ([], []), 0, 20, 20, 21)
 
     # Group 0 finds its two blocks; group 1 wants four and gets none.
     for group in (0, 1, 1):
         managers[group].remove_skipped_blocks("0", 0)
     assert [len(plan.destinations) for plan in planner._plans] == [2]
     assert planner.totals.waits == 2
-    assert needed(0) == 1
-    assert needed(1) > pool.num_gpu_blocks - 1
+    assert needed() > pool.num_gpu_blocks - 1
     assert scheduler.kv_cache_manager.allocate_slots(scheduler.requests["0"], 1) is None
 
     # The other request is preempted: its blocks are now written in place.
     scheduler.kv_cache_manager.free(scheduler.requests["1"])
+    coordinator.remove_skipped_blocks("0", 0)
+    assert needed() == 2
     assert scheduler.kv_cache_manager.allocate_slots(scheduler.requests["0"], 1) is not None
     assert [(plan.group, plan.holes) for plan in planner.take_plans()] == [(0, 3), (1, 1)]
     assert [len(manager.req_to_blocks["0"]) for manager in managers] == [6, 6]

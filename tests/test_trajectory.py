@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Merges, Round
-from vllm_kvcompress.scheduler.trajectory import (
-    Pooled,
-    Schedule,
-    Step,
-    Trajectory,
-    peak_tokens,
-)
+from vllm_kvcompress.scheduler.due import Grid, first_due
+from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
+from vllm_kvcompress.scheduler.steps import Pooled, Step
+from vllm_kvcompress.scheduler.trajectory import Trajectory, peak_tokens
 
 LONGEST = 600
 """No request here is longer."""
@@ -128,6 +125,74 @@ def test_follows_the_rule(
     length, context = prompt + outputs, context_of(options, prompt, part)
     expected = expected_plans(options, prompt, length, context)
     assert walk(options, prompt, length, context) == expected
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[Limits, int, int]:
+    """Limits of any kind, blocks before what may change, and blocks that are left alone."""
+    size = draw(st.integers(1, 8))
+    merging = draw(st.sampled_from([None, ALL, SOME]))
+    sinks, recent = draw(st.integers(0, 20)), draw(st.integers(0, 20))
+    if draw(st.booleans()):
+        limits = Limits(draw(st.integers(1, 20)) * size, None, sinks, recent, size, merging)
+    else:
+        share = Fraction(draw(st.integers(1, 40)), 40)
+        limits = Limits(None, share, sinks, recent, size, merging)
+    base = draw(st.integers(0, 6))
+    return limits, base + draw(st.integers(0, 6)), base
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    group=groups(),
+    earliest=st.integers(1, 300),
+    interval=st.integers(1, 30),
+    start=st.integers(1, 200),
+    last=st.integers(1, LONGEST),
+    during=st.booleans(),
+)
+def test_first_due_is_where_walking_the_grid_finds_it(
+    group: tuple[Limits, int, int],
+    earliest: int,
+    interval: int,
+    start: int,
+    last: int,
+    during: bool,
+) -> None:
+    limits, before, base = group
+    size = limits.block_size
+
+    def is_due(position: int) -> bool:
+        beyond = position - start
+        if beyond % interval if beyond >= 0 else not during or position % interval:
+            return False
+        old, kept = limits.blocks_kept(position - before * size, position, base * size)
+        return kept < old
+
+    walked = next((p for p in range(earliest, last + 1) if is_due(p)), NEVER)
+    grid = Grid(interval, start, last, during)
+    assert first_due(limits, before, base, earliest, grid) == walked
+
+
+@pytest.mark.parametrize("merging", [None, ALL, SOME])
+def test_next_compaction_is_found_without_walking(
+    merging: Merging | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that keeps nearly all has one to spare per 100,000 tokens, and a block of 32."""
+    looked = 0
+    least = Limits.least
+
+    def count(limits: Limits, position: int) -> int:
+        nonlocal looked
+        looked += 1
+        return least(limits, position)
+
+    monkeypatch.setattr(Limits, "least", count)
+    limits = Limits(None, Fraction(99_999, 100_000), 4, 64, 32, merging)
+    schedule = Schedule("knorm", "after_prefill", 1, 0, (limits,) * 30, 32, 10_000_000)
+    trajectory = Trajectory(schedule, 500)
+    assert trajectory.due == 32 * 100_000
+    assert looked < 10
 
 
 @settings(max_examples=300, deadline=None)

@@ -7,8 +7,9 @@ Upstream plan: none yet; vLLM would need "holes" as a notion of its block tables
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,29 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_kvcompress.attention.holes import HoleCounts
 
 
+class Parts(NamedTuple):
+    """Views of a group's buffers for batches of one shape.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Rows of the batch, columns of its block table, and how many of these matter.
+    holes, lengths : torch.Tensor
+        ``[rows]``, int32.
+    rows, used : torch.Tensor
+        ``[rows, columns]``, int32; all columns, and those that matter.
+    columns : torch.Tensor
+        ``[columns that matter]``, int64, counted from 0.
+    """
+
+    shape: tuple[int, int, int]
+    holes: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    used: torch.Tensor
+    columns: torch.Tensor
+
+
 class CompressedAttentionGroup(AttentionGroup):
     """An attention group whose block table rows may start with null blocks.
 
@@ -28,6 +52,7 @@ class CompressedAttentionGroup(AttentionGroup):
     """
 
     holes: HoleCounts
+    _last_parts: Parts | None = None
 
     @classmethod
     def wrap(
@@ -78,38 +103,50 @@ class CompressedAttentionGroup(AttentionGroup):
         )
 
     def _without_holes(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        num_reqs = common.num_reqs
+        num_reqs, width = common.num_reqs, common.block_table_tensor.shape[1]
         holes = self.holes.of_batch(self.kv_cache_group_id, num_reqs, common.req_idx)
         if not self._always and not holes.any():
             return common
         block_size = self.kv_cache_spec.block_size
-        device_holes = torch_utils.async_tensor_h2d(
-            np.ascontiguousarray(holes), out=self._holes[:num_reqs]
-        )
-
-        table = common.block_table_tensor
-        width = table.shape[1]
         # Nothing reads past the longest row: most of a wide table need not be moved.
         used = min(width, cdiv(common.max_seq_len, block_size))
-        columns = self._columns[:used] + device_holes[:, None]
+        parts = self._parts(num_reqs, width, used)
+        torch_utils.async_tensor_h2d(np.ascontiguousarray(holes), out=parts.holes)
+
+        columns = parts.columns + parts.holes[:, None]
         columns.clamp_(max=width - 1)
-        rows = self._rows[:num_reqs, :width]
-        torch.gather(table[:num_reqs], 1, columns, out=rows[:, :used])
+        torch.gather(common.block_table_tensor[:num_reqs], 1, columns, out=parts.used)
 
         # A dummy batch may claim lengths its rows do not have.
-        queries = common.query_start_loc[1 : num_reqs + 1] - common.query_start_loc[:num_reqs]
-        lengths = self._lengths[:num_reqs]
-        torch.sub(common.seq_lens[:num_reqs], device_holes, alpha=block_size, out=lengths)
-        torch.maximum(lengths, queries, out=lengths)
+        starts = common.query_start_loc
+        queries = starts[1 : num_reqs + 1] - starts[:num_reqs]
+        torch.sub(common.seq_lens[:num_reqs], parts.holes, alpha=block_size, out=parts.lengths)
+        torch.maximum(parts.lengths, queries, out=parts.lengths)
 
+        # As replace() does, which looks at each of some thirty fields.
+        seen = copy(common)
+        seen.block_table_tensor, seen.seq_lens = parts.rows, parts.lengths
+        seen._num_computed_tokens_cache = None
         bound = common.seq_lens_cpu_upper_bound
         if bound is not None:
-            starts = common.query_start_loc_cpu
-            shorter = bound[:num_reqs] - torch.from_numpy(holes * block_size)
-            bound = torch.maximum(shorter, starts[1 : num_reqs + 1] - starts[:num_reqs])
-        return common.replace(
-            block_table_tensor=rows,
-            seq_lens=lengths,
-            seq_lens_cpu_upper_bound=bound,
-            _num_computed_tokens_cache=None,
-        )
+            first = common.query_start_loc_cpu.numpy()
+            shorter = bound[:num_reqs].numpy() - holes * block_size
+            seen.seq_lens_cpu_upper_bound = torch.from_numpy(
+                np.maximum(shorter, first[1 : num_reqs + 1] - first[:num_reqs])
+            )
+        return seen
+
+    def _parts(self, num_reqs: int, width: int, used: int) -> Parts:
+        """What a batch needs of the buffers; those of the last batch mostly fit the next."""
+        shape = (num_reqs, width, used)
+        if self._last_parts is None or self._last_parts.shape != shape:
+            rows = self._rows[:num_reqs, :width]
+            self._last_parts = Parts(
+                shape,
+                holes=self._holes[:num_reqs],
+                lengths=self._lengths[:num_reqs],
+                rows=rows,
+                used=rows[:, :used],
+                columns=self._columns[:used],
+            )
+        return self._last_parts

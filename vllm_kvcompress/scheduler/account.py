@@ -60,7 +60,7 @@ class Moment(NamedTuple):
             "tokens": self.tokens,
             "bytes_held": sum(self.blocks) * block_bytes,
             "bytes_uncompressed": self.uncompressed * block_bytes,
-            "blocks": self.blocks,
+            "blocks": list(self.blocks),
         }
 
 

@@ -119,15 +119,14 @@ class Accounts:
     def compacted(self, request: Request, plan: CompactionPlan) -> None:
         """Note a planned compaction; it has not changed the length of the request's row."""
         account = self._account(request)
-        now, lengths = time.time(), self._lengths(request)
-        if account.compacted_at == plan.position:
-            # Nothing grew since another group was compacted here: both are one event.
-            account.moments.pop()
-        else:
-            account.note(account.moment(now, lengths))
+        if account.compacted_at != plan.position:
+            before = account.moment(time.time(), self._lengths(request))
+            account.note(before)
+            account.note(before._replace(blocks=list(before.blocks)))
             account.compacted_at = plan.position
+        # Nothing grew since another group was compacted here: all groups are one event.
+        account.moments[-1].blocks[plan.group] -= plan.removed
         account.removed[plan.group] += plan.removed
-        account.note(account.moment(now, lengths))
         account.compactions += 1
         counts, slots = self.counts, plan.removed * self.block_size
         counts.compactions[account.method] += 1

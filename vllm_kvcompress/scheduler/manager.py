@@ -29,8 +29,9 @@ class CompressedAttentionManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Compact the request if it is due. vLLM calls this before every allocation.
+        """Compact the request if it is due.
 
+        vLLM calls this before every allocation, our coordinator where something is due.
         ``processed_computed_tokens`` lags under async scheduling; the planner uses the
         request's own count, which decides the same on every scheduler.
         """
@@ -48,20 +49,15 @@ class CompressedAttentionManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks to take from the pool; more than it has while a compaction is blocked.
+        """Blocks to take from the pool.
 
-        A request is admitted by the most it will hold at once, not by its length, and only
-        beside what compressed requests will yet take before they give blocks back.
+        A request is admitted by the most it will hold at once, not by its length.
         """
-        planner = self.planner
-        if planner is not None:
-            if planner.is_blocked(self.kv_cache_group_id, request_id):
-                return self.block_pool.num_gpu_blocks
-            if apply_admission_cap:
-                state = planner.state(planner.requests[request_id])
-                peak = state.trajectory.peak_blocks(self.kv_cache_group_id, num_tokens)
-                num_tokens = min(num_tokens, peak * self.block_size)
-        blocks = super().get_num_blocks_to_allocate(
+        if apply_admission_cap and self.planner is not None:
+            state = self.planner.state(self.planner.requests[request_id])
+            peak = state.trajectory.peak_blocks(self.kv_cache_group_id, num_tokens)
+            num_tokens = min(num_tokens, peak * self.block_size)
+        return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
             new_computed_blocks,
@@ -71,9 +67,6 @@ class CompressedAttentionManager(FullAttentionManager):
             apply_admission_cap=False,
             prefill_end=prefill_end,
         )
-        if planner is not None and apply_admission_cap:
-            blocks += planner.promised(self.kv_cache_group_id, request_id, self.req_to_blocks)
-        return blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request and return its blocks; a preempted request starts anew."""

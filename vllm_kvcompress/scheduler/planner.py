@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -11,65 +10,11 @@ from vllm.v1.request import Request
 
 from vllm_kvcompress.scheduler.accounts import Accounts
 from vllm_kvcompress.scheduler.plan import CompactionPlan
+from vllm_kvcompress.scheduler.promises import promised_blocks
 from vllm_kvcompress.scheduler.region import Change, Region, levels_before
-from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule, Trajectory
-
-
-@dataclass
-class Totals:
-    """Counts since the engine started (plans that a preemption or abort dropped included).
-
-    Attributes
-    ----------
-    compactions : int
-        Compactions of one request in one KV cache group.
-    requests : int
-        Times a request was compacted for the first time (again after each preemption).
-    tokens_removed : int
-        Tokens removed, summed over groups.
-    blocks_freed : int
-        Blocks given up by requests.
-    waits : int
-        Times a due compaction had to wait for blocks.
-    """
-
-    compactions: int = 0
-    requests: int = 0
-    tokens_removed: int = 0
-    blocks_freed: int = 0
-    waits: int = 0
-
-
-@dataclass
-class RequestState:
-    """Where a request is on its trajectory.
-
-    Attributes
-    ----------
-    trajectory : Trajectory
-    started : bool
-        Whether a compaction was planned: from then on no block of it is hashed.
-    done : set of int
-        Groups whose part of the compaction at ``trajectory.position`` is planned.
-    position : int
-        Position that ``done`` belongs to.
-    """
-
-    trajectory: Trajectory
-    started: bool = False
-    done: set[int] = field(default_factory=set)
-    position: int = 0
-
-    def open_groups(self, computed: int) -> set[int]:
-        """Groups that have yet to compact at ``computed`` tokens."""
-        trajectory = self.trajectory
-        trajectory.advance(computed)
-        if trajectory.position != computed:
-            return set()
-        if self.position != computed:
-            self.position = computed
-            self.done.clear()
-        return trajectory.steps.keys() - self.done
+from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
+from vllm_kvcompress.scheduler.state import RequestState, Totals
+from vllm_kvcompress.scheduler.trajectory import Trajectory
 
 
 class Planner:
@@ -142,45 +87,28 @@ class Planner:
         trajectory = self.state(request).trajectory
         return min(trajectory.due - 1, trajectory.context_tokens or NEVER)
 
-    def is_blocked(self, group: int, request_id: str) -> bool:
-        """Whether a due compaction of this group still waits for blocks."""
+    def is_due(self, request_id: str) -> bool:
+        """Whether a request has yet to compact before it goes on; where not all could: waits."""
         state = self._states.get(request_id)
-        if state is None or not state.trajectory.position:
-            return False
-        computed = self.requests[request_id].num_computed_tokens
-        return state.trajectory.position == computed and group in state.open_groups(computed)
+        return state is not None and state.is_due(self.requests[request_id].num_computed_tokens)
 
-    def promised(self, group: int, besides: str, rows: Mapping[str, Sequence[KVCacheBlock]]) -> int:
-        """Blocks that compressed requests will yet take in a group before they give some back.
-
-        Who admits without leaving them room admits to preempt: a preempted request replays
-        its prompt, which costs more than a smaller batch. Requests that have not compacted
-        count as in stock vLLM, not at all, but for prompts in ``during_prefill``: their
-        chunks end at compactions, so that several may be under way at once.
+    def promised(self, besides: str, rows: Mapping[str, Sequence[KVCacheBlock]]) -> int:
+        """Blocks that compressed requests will yet take before they give some back.
 
         Parameters
         ----------
-        group : int
         besides : str
             Request that does not count, the one to be admitted.
         rows : mapping of str to sequence of KVCacheBlock
-            Block lists of the group by request.
+            Block lists of any group by request: all groups' are equally long.
         """
-        blocks = 0
-        for request_id, state in self._states.items():
-            row = rows.get(request_id)
-            if not row or request_id == besides:
-                continue
-            request, trajectory = self.requests[request_id], state.trajectory
-            length = request.num_tokens
-            if request.num_computed_tokens < length - 1 and self.schedule.phase == "during_prefill":
-                held = len(row) - trajectory.removed[group]
-                blocks += max(0, trajectory.peak_blocks(group, length) - held)
-            elif state.started:
-                final = request.num_prompt_tokens + request.max_tokens
-                ahead = -(-min(trajectory.due, final) // self.schedule.block_size)
-                blocks += max(0, ahead - len(row))
-        return blocks
+        states = (
+            (self.requests[request_id], state, len(row))
+            for request_id, state in self._states.items()
+            if request_id != besides and (row := rows.get(request_id))
+        )
+        groups, phase = len(self.schedule.limits), self.schedule.phase
+        return promised_blocks(states, groups, phase == "during_prefill")
 
     def compact(self, group: int, request_id: str, row: list[KVCacheBlock]) -> None:
         """Plan the compaction due now for a request in one group, if there is one.
@@ -279,12 +207,14 @@ class Planner:
         own = [block for block in sources if block.ref_cnt == references[block.block_id]]
         chosen = [block for block in own if block.block_hash is None][:count]
         missing = count - len(chosen)
+        if not missing:
+            return chosen
         fresh = min(missing, pool.get_num_free_blocks())
         in_place = missing - fresh
-        hashed = [block for block in own if block.block_hash is not None]
-        if in_place > len(hashed):
-            return None
         if in_place:
+            hashed = [block for block in own if block.block_hash is not None]
+            if in_place > len(hashed):
+                return None
             # The latest ones: the start of the prompt stays findable.
             taken = hashed[-in_place:]
             pool.evict_blocks({block.block_id for block in taken})
@@ -299,12 +229,10 @@ class Planner:
         after: Mapping[int, int],
     ) -> None:
         """Set the references of written blocks and return the others that were read."""
-        gone = []
-        for block in sources:
-            if block.block_id not in after:
-                # Freeing takes one reference away; a pooled block may have several.
-                block.ref_cnt -= before[block.block_id] - 1
-                gone.append(block)
+        gone = [block for block in sources if block.block_id not in after]
+        for block in gone:
+            # Freeing takes one reference away; a pooled block may have several.
+            block.ref_cnt -= before[block.block_id] - 1
         for block in destinations:
             block.ref_cnt = after[block.block_id]
         # Reversed, as vLLM frees: the start of a prompt is the last to leave the cache.

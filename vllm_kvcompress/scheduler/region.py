@@ -34,6 +34,8 @@ class Region:
         cls, row: Sequence[KVCacheBlock], first: int, levels: list[int], listed: bool
     ) -> Region:
         """Find the blocks in a row, from index ``first`` on."""
+        if not listed:
+            return cls(list(row[first : first + len(levels)]), levels)
         region = cls([], levels, listed)
         for level in levels:
             region.blocks.append(row[first])
@@ -46,11 +48,15 @@ class Region:
 
     def references(self) -> dict[int, int]:
         """References that each block has from this region, by block id."""
+        if not self.listed:
+            return dict.fromkeys([block.block_id for block in self.blocks], 1)
         pairs = zip(self.blocks, self.levels, strict=True)
         return {block.block_id: self.times(level) for block, level in pairs}
 
     def entries(self) -> list[KVCacheBlock]:
         """The part of the row that these blocks make."""
+        if not self.listed:
+            return self.blocks
         pairs = zip(self.blocks, self.levels, strict=True)
         return [block for block, level in pairs for _ in range(self.times(level))]
 

@@ -17,8 +17,8 @@ from vllm.v1.request import Request
 from vllm_kvcompress.request import REPORT_KEY, asked, own_keys
 from vllm_kvcompress.scheduler import utility
 from vllm_kvcompress.scheduler.accounts import Accounts
+from vllm_kvcompress.scheduler.coordinator import adapt
 from vllm_kvcompress.scheduler.groups import check_groups
-from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.requests import RequestSchedules
@@ -65,19 +65,7 @@ class KVCompressSchedulerMixin(Scheduler):
         self._kvcompress_method = settings.method
         self._logged_compactions = 0
         self._logged_at = time.monotonic()
-        for manager in coordinator.single_type_managers:
-            if isinstance(manager, CompressedAttentionManager):
-                manager.bind(self.kvcompress)
-
-        # One place for all groups, compressed or not: past a request's first compaction
-        # every block of it was computed with a compressed past.
-        cache_blocks = coordinator.cache_blocks
-
-        def cache_exact_blocks(request: Request, num_computed_tokens: int) -> None:
-            if not self.kvcompress.started(request.request_id):
-                cache_blocks(request, num_computed_tokens)
-
-        coordinator.cache_blocks = cache_exact_blocks
+        adapt(self.kv_cache_manager, self.kvcompress)
 
     def _trajectory_of(self, request: Request) -> Trajectory:
         """When a request compacts: as the server's settings say, or its own.
@@ -166,6 +154,8 @@ class KVCompressSchedulerMixin(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        if num_new_tokens <= 1:  # Decodes: where a chunk has to end is past its start.
+            return num_new_tokens
         room = self.kvcompress.stop(request, num_computed_tokens) - num_computed_tokens
         return min(num_new_tokens, room)
 

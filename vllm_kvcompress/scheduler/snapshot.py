@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from vllm_kvcompress.scheduler.scheduler import KVCompressSchedulerMixin
+
+layer_index = functools.cache(extract_layer_index)
 
 MAX_WAITING = 256
 """Waiting requests shown one by one, in the order of their arrival; all are counted."""
@@ -88,7 +91,7 @@ def _layout(config: KVCacheConfig, accounts: Accounts) -> dict[str, Any]:
         groups.append(
             {
                 "band": band_of(spec),
-                "layers": [extract_layer_index(name) for name in group.layer_names],
+                "layers": [layer_index(name) for name in group.layer_names],
                 "budget": limits.budget if limits else None,
                 "keep_ratio": float(limits.ratio) if limits and limits.ratio else None,
             }

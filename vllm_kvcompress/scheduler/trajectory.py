@@ -6,64 +6,16 @@ replayed request walks the same trajectory again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from vllm_kvcompress.bands import Limits
 from vllm_kvcompress.levels import plan_merges
+from vllm_kvcompress.scheduler.due import Grid, first_due
+from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
 from vllm_kvcompress.scheduler.steps import Pooled, Step
-from vllm_kvcompress.settings import Phase, Settings
 
-NEVER = 1 << 62
-"""Position of a compaction that never comes."""
-
-
-class Schedule(NamedTuple):
-    """The settings that decide when a request compacts: the server's, or the request's own.
-
-    Attributes
-    ----------
-    method : str
-    phase : str
-        ``after_prefill``, ``during_prefill`` or ``decode``.
-    interval : int
-        Tokens between two grid points.
-    prune_after : int
-        No compaction before this many tokens.
-    limits : tuple of (Limits or None)
-        One entry per KV cache group; ``None`` for groups that keep every token.
-    block_size : int
-    max_position : int
-        Longest request, in tokens.
-    """
-
-    method: str
-    phase: Phase
-    interval: int
-    prune_after: int
-    limits: tuple[Limits | None, ...]
-    block_size: int
-    max_position: int
-
-    @classmethod
-    def of(
-        cls,
-        settings: Settings,
-        limits: Iterable[Limits | None],
-        block_size: int,
-        max_position: int,
-    ) -> Schedule:
-        """The schedule that settings make with the limits of the groups."""
-        return cls(
-            method=settings.method,
-            phase=settings.phase,
-            interval=settings.interval,
-            prune_after=settings.prune_after,
-            limits=tuple(limits),
-            block_size=block_size,
-            max_position=max_position,
-        )
+__all__ = ["NEVER", "Schedule", "Trajectory", "blocks_after", "peak_tokens"]
 
 
 @dataclass
@@ -136,16 +88,30 @@ class Trajectory:
         """
         while self.due <= computed:
             if self._leaves_context(self.due):
-                self.limits = without_sinks(self.limits)
+                self.limits = self.schedule.limits_without_sinks
                 self._begin(self.prompt_blocks)
             self.position = self.due
-            self.steps = self._steps_at(self.due)
-            for group, step in self.steps.items():
-                limits = self.limits[group]
-                if limits is not None and limits.merging is not None:
-                    self.steps[group] = self._merge(group, limits, step)
-                self.removed[group] += step.old - step.kept
+            self.steps = {}
+            for groups in self.schedule.kinds:
+                self._compact(groups)
             self.due = self._next_due(self.position)
+
+    def _compact(self, groups: Sequence[int]) -> None:
+        """Work out the compaction at ``position`` of groups with equal limits."""
+        first, size = groups[0], self.schedule.block_size
+        limits = self.limits[first]
+        assert limits is not None
+        live = self.position - self.blocks_before(first, self.position) * size
+        old, kept = limits.blocks_kept(live, self.position, self.base * size)
+        if kept >= old:
+            return
+        step = Step(old, kept)
+        if limits.merging is not None:
+            step = self._merge(first, limits, step)
+        for group in groups:
+            self.steps[group] = step
+            self.removed[group] += old - kept
+            self.levels[group], self.written[group] = self.levels[first], self.written[first]
 
     def _begin(self, base: int) -> None:
         """Leave so many entries of the row alone from now on."""
@@ -203,19 +169,6 @@ class Trajectory:
             return self.prompt_blocks
         return self.base + self.removed[group] - self.below[group]
 
-    def _steps_at(self, position: int) -> dict[int, Step]:
-        size, steps = self.schedule.block_size, {}
-        base, every = self.base, self.limits
-        if self._leaves_context(position):
-            base, every = self.prompt_blocks, without_sinks(every)
-        for group, limits in enumerate(every):
-            if limits is not None:
-                live = position - self.blocks_before(group, position) * size
-                old, kept = limits.blocks_kept(live, position, base * size)
-                if kept < old:
-                    steps[group] = Step(old, kept)
-        return steps
-
     def _merge(self, group: int, limits: Limits, step: Step) -> Step:
         """Plan the merges of a step, and note the levels that they lead to."""
         assert limits.merging is not None
@@ -238,63 +191,33 @@ class Trajectory:
         return step._replace(pooled=Pooled(lead, before, fresh, ranked, exact, merges))
 
     def _next_due(self, position: int) -> int:
-        """First grid position after ``position`` at which some group is over its budget."""
+        """First grid position after ``position`` at which some group is over its limits."""
         schedule, context = self.schedule, self.context_tokens
+        interval, start = schedule.interval, self.prompt_tokens
         during = schedule.phase == "during_prefill"
         if context is not None:
-            due = self._first_due(position, during, context, context)
-            if position < context and due < NEVER:
-                return due
+            if position < context:
+                due = self._first_due(position, Grid(interval, context, context, during))
+                if due < NEVER:
+                    return due
             position, during = max(position, context), False
-        start = self.prompt_tokens
         if schedule.phase == "decode" or context is not None:
-            start += schedule.interval
-        return self._first_due(position, during, start, schedule.max_position)
+            start += interval
+        return self._first_due(position, Grid(interval, start, schedule.max_position, during))
 
-    def _first_due(self, position: int, during: bool, start: int, last: int) -> int:
-        """First position after another at which some group is over its budget.
-
-        Parameters
-        ----------
-        position : int
-        during : bool
-            Whether the grid has positions before ``start``.
-        start, last : int
-            From where on the grid has a position every ``interval`` tokens, and up to where.
-        """
-        earliest = self._earliest(position)
-        if earliest > last:
-            return NEVER
-        interval = self.schedule.interval
-        if during and earliest < start:
-            grid = -(-earliest // interval) * interval
-            while grid < start:
-                if self._steps_at(grid):
-                    return grid
-                grid += interval
-        grid = start + max(0, -(-(earliest - start) // interval)) * interval
-        while grid <= last:
-            if self._steps_at(grid):
-                return grid
-            grid += interval
-        return NEVER
-
-    def _earliest(self, position: int) -> int:
-        """A position before which nothing can be due (spares walking the grid)."""
-        size = self.schedule.block_size
-        earliest = NEVER
-        for group, limits in enumerate(self.schedule.limits):
-            if limits is None or limits.ratio == 1:
-                continue
-            over = self.blocks_before(group, position + 1) * size
-            over += limits.budget if limits.budget is not None else size
-            earliest = min(earliest, over + 1)
-        return max(earliest, position + 1, self.schedule.prune_after)
-
-
-def without_sinks(limits: Iterable[Limits | None]) -> tuple[Limits | None, ...]:
-    """Limits that protect no first tokens."""
-    return tuple(own and replace(own, sinks=0) for own in limits)
+    def _first_due(self, position: int, grid: Grid) -> int:
+        """First position of a grid after another at which some group is over its limits."""
+        base, every = self.base, self.limits
+        if self._leaves_context(position + 1):
+            base, every = self.prompt_blocks, self.schedule.limits_without_sinks
+        earliest = max(position + 1, self.schedule.prune_after)
+        due = NEVER
+        for first, *_ in self.schedule.kinds:
+            limits = every[first]
+            assert limits is not None
+            before = self.blocks_before(first, position + 1)
+            due = min(due, first_due(limits, before, base, earliest, grid))
+        return due
 
 
 def peak_tokens(schedule: Schedule, limits: Limits, position: int) -> int:
@@ -304,7 +227,7 @@ def peak_tokens(schedule: Schedule, limits: Limits, position: int) -> int:
     """
     first = max(limits.budget or 0, schedule.prune_after) + schedule.interval
     if limits.budget is None:
-        alone = Trajectory(schedule._replace(limits=(limits,)), position)
+        alone = Trajectory(replace(schedule, limits=(limits,)), position)
         first = min(position, alone.due + schedule.interval)
     return limits.peak(position, first, schedule.interval)
 
