@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.child import CaseFailed, run_apart
@@ -90,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
         shapes=options.shapes,
         pools=options.pools,
     )
+    if find_spec("matplotlib") is None:
+        print('The plots need matplotlib: pip install "vllm-kvcompress[bench]".', file=sys.stderr)
+        return 2
     names = options.scenarios or available()
     cases = [
         (name, case)
