@@ -1,9 +1,10 @@
-"""The benchmark suite: ``python -m bench``; ``docs/benchmarks.md`` has the scenarios.
+"""The benchmark suite; ``docs/benchmarks.md`` has the scenarios.
 
-python -m bench                           # everything: hours
-python -m bench --short                   # under 15 minutes on 2 cores, as make bench
-python -m bench throughput --shapes 1000+1000 --pools 2 --methods stock,knorm/8
-python -m bench --out DIRECTORY ...       # again with the same directory: only what is missing
+    python -m bench                           # everything: many hours
+    python -m bench --short                   # under 15 minutes on 2 cores, as make bench
+    python -m bench throughput --shapes 1000+1000 --pools 2 --methods stock,knorm/8
+
+Again with the same ``--out DIRECTORY`` only what is missing is run.
 """
 
 from __future__ import annotations

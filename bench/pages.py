@@ -44,9 +44,11 @@ class Compaction:
 
     def report(self, results: Results) -> list[str]:
         """The tables of :mod:`bench.compaction`, and how time grows."""
+        lines = ["`python -m bench.compaction --help` and its source say what is compared."]
+        if not results:
+            return lines
         from bench.compaction import markdown
 
-        lines = ["`python -m bench.compaction --help` and its source say what is compared."]
         for row in results.values():
             lines += ["", *markdown(row).splitlines()]
             worst = max(row["growth"], key=lambda growth: growth["per_length"])
