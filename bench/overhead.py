@@ -69,7 +69,7 @@ class Overhead:
 
         tokens = about["prompt_tokens"] + about["output_tokens"] + 2 * BLOCK_SIZE
         size = Geometry.of(about["model"]).pool_bytes(about["batch"] + 1, tokens)
-        return make_engine(settings, size, model=about["model"], max_model_len=1024)
+        return make_engine(settings, size, model=about["model"], max_model_len=tokens)
 
     def _idle(self, about: dict[str, Any]) -> dict[str, Any]:
         """Stock vLLM before our plugin was loaded, then with it, then switched on but idle."""

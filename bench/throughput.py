@@ -95,8 +95,8 @@ class Throughput:
             arguments = {
                 "model": model_or_bundled(about["model"]),
                 "dataset-name": "random",
-                "input-len": prompt,
-                "output-len": output,
+                "random-input-len": prompt,
+                "random-output-len": output,
                 "num-prompts": about["requests"],
                 "output-json": out,
                 "dtype": "bfloat16",
