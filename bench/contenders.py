@@ -92,7 +92,7 @@ def contender(name: str, tokens: int) -> Contender:
     if "pyramid_beta" in kind:
         # Layers have L0 to L0 / beta; the budget is to be their mean.
         budget /= (1 + 1 / PYRAMID_BETA) / 2
-    blocks = max(1, round(budget / BLOCK_SIZE))
+    blocks = max(1, int(budget / BLOCK_SIZE + 1e-9))
     settings = {**kind, "budget": blocks * BLOCK_SIZE}
     return Contender(name, settings, "fp8" if found["fp8"] else "auto")
 

@@ -123,6 +123,7 @@ class Latency:
                 )
             ]
         )
+        lines += [""]
         return lines + table(
             ["Context", "", "Stock TPOT, ms", "TPOT, ms", "Against stock", "Compactions"],
             [

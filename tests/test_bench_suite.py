@@ -34,9 +34,9 @@ SECONDS = {"stock": 100.0, "knorm/8": 25.0, "knorm/2": 80.0, "fp8": 60.0, "knorm
 
 
 def test_factors_and_budgets_are_whole_blocks() -> None:
-    for name, budget in (("knorm/8", 256), ("knorm/2", 992), ("knorm@500", 512), ("merge/4", 512)):
+    for name, budget in (("knorm/8", 224), ("knorm/2", 992), ("knorm@512", 512), ("merge/4", 480)):
         assert contender(name, 2000).settings["budget"] == budget, name
-    # Layers of a pyramid have L0 to L0 / 4, 5/8 of it on average: 384 for 240.
+    # Layers of a pyramid have L0 to L0 / 4, 5/8 of it on average: 250 for 400.
     assert contender("pyramid/8", 2000).settings["budget"] == 384
     both = contender("knorm+merge+fp8/4", 2000)
     assert (both.settings["method"], both.cache, both.baseline) == ("knorm+merge", "fp8", "fp8")
