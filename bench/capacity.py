@@ -23,74 +23,39 @@ class Capacity:
     title = "Capacity"
 
     def cases(self, options: Options) -> list[Case]:
-        """One case for each shape, pool and contender."""
-        all_methods = (
-            *("stock", "fp8", "knorm/2", "knorm/4", "knorm/8", "knorm/16"),
-            *("pyramid/4", "pyramid/8", "during/4", "during/8", "during/16"),
-            *("merge/4", "merge/8", "knorm+fp8/4", "knorm+fp8/8"),
+        """One case for each shape and pool, with all contenders."""
+        few = ("stock", "knorm/2", "knorm/4", "knorm/8", "pyramid/8", "during/8", "knorm+fp8/8")
+        many = (
+            *("stock", "fp8", "knorm/2", "knorm/4", "knorm/8", "pyramid/2", "pyramid/4"),
+            *("pyramid/8", "during/2", "during/4", "during/8", "merge/2", "merge/4", "merge/8"),
+            *("knorm+fp8/4", "knorm+fp8/8"),
         )
         shapes, pools, methods = {
             "quick": (((320, 40),), (2,), ("stock", "knorm/2", "during/2")),
-            "short": (((1000, 1000),), (2,), all_methods),
-            "full": (((2000, 200), (1000, 1000), (6000, 128)), (2, 4, 8), all_methods),
+            "short": (((1000, 1000),), (2,), few),
+            "full": (((2000, 200), (1000, 1000), (6000, 128)), (2, 4, 8), many),
         }[options.effort]
         methods = with_budgets(options.methods or methods, options.budgets)
         return [
             Case(
-                f"{prompt}+{output}, pool of {pool}, {method}",
+                f"{prompt}+{output}, pool of {pool}, {', '.join(methods)}",
                 {
                     "prompt_tokens": prompt,
                     "output_tokens": output,
                     "pool": pool,
-                    "method": method,
+                    "methods": [method for method in methods if method != "stock-capped"],
                     "model": options.model,
                     "longest": 4096 if options.effort == "quick" else LONGEST,
                 },
             )
             for prompt, output in options.shapes or shapes
             for pool in options.pools or pools
-            for method in methods
-            if method != "stock-capped"
         ]
 
     def run(self, case: Case) -> dict[str, Any]:
-        """Search by halves, with a new scheduler for every try."""
-        from bench.engines import BLOCK_SIZE, Geometry
-        from bench.simulated import Refused, serve, simulated_scheduler
-
+        """All contenders of a shape and pool."""
         about = case.parameters
-        prompt, output = about["prompt_tokens"], about["output_tokens"]
-        side = contender(about["method"], prompt + output)
-        kv_bytes = Geometry.of(about["model"]).pool_bytes(about["pool"], prompt + output)
-
-        def scheduler(length: int) -> Any:
-            return simulated_scheduler(side.settings, kv_bytes, length, about["model"], side.cache)
-
-        def all_at_once(requests: int) -> bool:
-            served = serve(scheduler(prompt + output), requests, prompt, output)
-            return served.finished == served.peak == requests and not served.preemptions
-
-        def alone(blocks: int) -> bool:
-            tokens = blocks * BLOCK_SIZE
-            try:
-                served = serve(scheduler(tokens + BLOCK_SIZE), 1, tokens, BLOCK_SIZE)
-            except Refused:
-                return False
-            return served.finished == 1 and not served.preemptions
-
-        # So many requests arrive that some have to wait: what a server does then.
-        crowd = serve(scheduler(prompt + output), 16 * about["pool"], prompt, output, give_up=False)
-        return {
-            **about,
-            "settings": side.settings,
-            "budget": (side.settings or {}).get("budget"),
-            "kv_bytes": kv_bytes,
-            "requests": largest(all_at_once, 16 * 64 * about["pool"]),
-            "prompt": BLOCK_SIZE * largest(alone, about["longest"] // BLOCK_SIZE),
-            "crowd": 16 * about["pool"],
-            "crowd_peak": crowd.peak,
-            "crowd_preemptions": crowd.preemptions,
-        }
+        return {**about, "rows": [capacity(about, method) for method in about["methods"]]}
 
     def report(self, results: Results) -> list[str]:
         """A table of each shape and pool."""
@@ -101,9 +66,9 @@ class Capacity:
             f"longer ones than {LONGEST:,} were not tried. *In a crowd* is what happens when more "
             "arrive than fit: most at once, and preemptions."
         ]
-        for (prompt, output, pool), rows in self._groups(results).items():
-            size = rows[0]["kv_bytes"] / (1 << 20)
-            lines += ["", f"{prompt}+{output}, pool of {pool} ({size:.0f} MiB):", ""]
+        for case in results.values():
+            rows = case["rows"]
+            lines += ["", f"{_workload(case)}:", ""]
             lines += table(
                 ["", "Budget", "Requests at once", "Longest prompt", "In a crowd", "Preemptions"],
                 [
@@ -123,29 +88,69 @@ class Capacity:
     def plots(self, results: Results, directory: Path) -> list[Path]:
         """Concurrency against budget, a plot for each shape and pool with several budgets."""
         made = []
-        for (prompt, output, pool), rows in self._groups(results).items():
+        for case in results.values():
             lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for row in rows:
+            for row in case["rows"]:
                 if row["method"] in STOCK:
-                    point = prompt + output, row["requests"]
-                    lines[f"{row['method']} (all tokens)"].append(point)
+                    tokens = case["prompt_tokens"] + case["output_tokens"]
+                    lines[f"{row['method']} (all tokens)"].append((tokens, row["requests"]))
                 else:
                     kind = row["method"].split("/")[0].split("@")[0]
                     lines[kind].append((row["budget"], row["requests"]))
-            if max(len(points) for points in lines.values()) < 2:
-                continue
-            path = directory / f"concurrency-against-budget-{prompt}+{output}-pool-of-{pool}.png"
-            title = f"{prompt}+{output} tokens, {rows[0]['kv_bytes'] / (1 << 20):.0f} MiB"
-            made.append(
-                line_plot(path, lines, "Budget, tokens", "Requests at once", title, log=True)
-            )
+            if max(len(points) for points in lines.values()) > 1:
+                shape = f"{case['prompt_tokens']}+{case['output_tokens']}-pool-of-{case['pool']}"
+                path = directory / f"concurrency-against-budget-{shape}.png"
+                label = "Budget of the first layers, tokens"
+                made.append(
+                    line_plot(path, lines, label, "Requests at once", _workload(case), log=True)
+                )
         return made
 
-    def _groups(self, results: Results) -> dict[tuple[int, int, int], list[dict[str, Any]]]:
-        groups: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
-        for row in results.values():
-            groups[row["prompt_tokens"], row["output_tokens"], row["pool"]].append(row)
-        return groups
+
+def _workload(case: dict[str, Any]) -> str:
+    size = case["rows"][0]["kv_bytes"] / (1 << 20)
+    shape = f"{case['prompt_tokens']}+{case['output_tokens']} tokens"
+    return f"{shape}, pool of {case['pool']} ({size:.0f} MiB)"
+
+
+def capacity(about: dict[str, Any], method: str) -> dict[str, Any]:
+    """What one contender serves; searched by halves, with a new scheduler for every try."""
+    from bench.engines import BLOCK_SIZE, Geometry
+    from bench.simulated import Refused, serve, simulated_scheduler
+
+    prompt, output = about["prompt_tokens"], about["output_tokens"]
+    side = contender(method, prompt + output)
+    kv_bytes = Geometry.of(about["model"]).pool_bytes(about["pool"], prompt + output)
+
+    def scheduler(length: int) -> Any:
+        return simulated_scheduler(side.settings, kv_bytes, length, about["model"], side.cache)
+
+    def all_at_once(requests: int) -> bool:
+        served = serve(scheduler(prompt + output), requests, prompt, output)
+        return served.finished == served.peak == requests and not served.preemptions
+
+    def alone(blocks: int) -> bool:
+        tokens = blocks * BLOCK_SIZE
+        try:
+            served = serve(scheduler(tokens + BLOCK_SIZE), 1, tokens, BLOCK_SIZE)
+        except Refused:
+            return False
+        return served.finished == 1 and not served.preemptions
+
+    crowd = 16 * about["pool"]
+    # So many requests arrive that some have to wait: what a server does then.
+    met = serve(scheduler(prompt + output), crowd, prompt, output, give_up=False)
+    return {
+        "method": method,
+        "settings": side.settings,
+        "budget": (side.settings or {}).get("budget"),
+        "kv_bytes": kv_bytes,
+        "requests": largest(all_at_once, 64 * crowd),
+        "prompt": BLOCK_SIZE * largest(alone, about["longest"] // BLOCK_SIZE),
+        "crowd": crowd,
+        "crowd_peak": met.peak,
+        "crowd_preemptions": met.preemptions,
+    }
 
 
 def largest(works: Callable[[int], bool], limit: int) -> int:

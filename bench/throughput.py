@@ -127,19 +127,18 @@ class Throughput:
                 seconds, outputs = run_requests(*args, **kwargs)
                 # Before vLLM's command lets go of its engine.
                 measured.update(watches[0].figures(seconds))
-                measured["output_tokens"] = sum(len(o.outputs[0].token_ids) for o in outputs)
+                tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+                measured["output_tokens_per_second"] = tokens / seconds
                 return seconds, outputs
 
             throughput._run_vllm_requests = watched
             vllm_main()
             found = json.loads(out.read_text())
-        seconds = found["elapsed_time"]
         return {
             **about,
             "settings": side.settings,
             "kv_bytes": kv_bytes,
-            "seconds": seconds,
-            "output_tokens_per_second": measured["output_tokens"] / seconds,
+            "seconds": found["elapsed_time"],
             **measured,
         }
 

@@ -292,7 +292,8 @@ def test_capacity_of_a_pool_of_two(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     run("bench", "capacity", "--quick", "--out", out, "--methods", "stock,knorm/2")
     results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]["capacity"]
-    stock, knorm = (row["figures"] for row in results.values())
+    (case,) = results.values()
+    stock, knorm = case["figures"]["rows"]
     # Prompts of 10 blocks: two requests fit whole, and one of 23 blocks with one of output.
     assert (stock["requests"], stock["prompt"]) == (2, 23 * 32)
     assert knorm["requests"] >= 3
