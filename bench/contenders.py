@@ -21,17 +21,19 @@ from typing import Any
 from bench.engines import BLOCK_SIZE
 
 PYRAMID_BETA = 4.0
+INTERVAL_SHARE = 1 / 16
+"""Of what a request may hold: so much it may grow between two compactions, at least a block."""
 
 KINDS: dict[str, dict[str, Any]] = {
-    "knorm": {"method": "knorm", "interval": 64},
-    "keydiff": {"method": "keydiff", "interval": 64},
-    "streaming": {"method": "streaming", "interval": 64},
-    "pyramid": {"method": "knorm", "interval": 64, "pyramid_beta": PYRAMID_BETA, "bands": 6},
-    "during": {"method": "knorm", "interval": 128, "phase": "during_prefill", "bands": 1},
-    "merge": {"method": "merge", "interval": 64, "merge_weighting": "none"},
-    "knorm+merge": {"method": "knorm+merge", "interval": 64, "merge_weighting": "none"},
+    "knorm": {"method": "knorm"},
+    "keydiff": {"method": "keydiff"},
+    "streaming": {"method": "streaming"},
+    "pyramid": {"method": "knorm", "pyramid_beta": PYRAMID_BETA, "bands": 6},
+    "during": {"method": "knorm", "phase": "during_prefill"},
+    "merge": {"method": "merge", "merge_weighting": "none"},
+    "knorm+merge": {"method": "knorm+merge", "merge_weighting": "none"},
 }
-"""Settings of each kind, beside the budget."""
+"""Settings of each kind, beside budget and interval."""
 
 STOCK = ("stock", "stock-capped", "fp8")
 
@@ -86,14 +88,14 @@ def contender(name: str, tokens: int) -> Contender:
             f"{name!r} is no contender; allowed are {', '.join(STOCK)} and "
             f"{', '.join(KINDS)}, each with +fp8 or without, then /FACTOR or @BUDGET."
         )
-    number = float(found["number"])
-    budget = tokens / number if found["how"] == "/" else number
-    kind = KINDS[found["kind"]]
+    number, kind = float(found["number"]), KINDS[found["kind"]]
+    held = round((tokens / number if found["how"] == "/" else number) / BLOCK_SIZE)
+    grown = max(1, round(held * INTERVAL_SHARE))
+    budget = max(1, held - grown if found["how"] == "/" else held)
     if "pyramid_beta" in kind:
         # Layers have L0 to L0 / beta; the budget is to be their mean.
-        budget /= (1 + 1 / PYRAMID_BETA) / 2
-    blocks = max(1, int(budget / BLOCK_SIZE + 1e-9))
-    settings = {**kind, "budget": blocks * BLOCK_SIZE}
+        budget = int(budget / ((1 + 1 / PYRAMID_BETA) / 2))
+    settings = {**kind, "budget": budget * BLOCK_SIZE, "interval": grown * BLOCK_SIZE}
     return Contender(name, settings, "fp8" if found["fp8"] else "auto")
 
 

@@ -147,7 +147,7 @@ class Throughput:
         lines = [
             "`vllm bench throughput` on random tokens, all requests at once, sampled, no prefix "
             "cache. A pool of *n* holds *n* whole requests in stock vLLM; all contenders have "
-            "the same bytes. `/8` is a budget of an eighth of a request's tokens."
+            "the same bytes. With `/8` a request never holds more than an eighth of its tokens."
         ]
         lines += target_lines(
             [

@@ -33,11 +33,15 @@ SECONDS = {"stock": 100.0, "knorm/8": 25.0, "knorm/2": 80.0, "fp8": 60.0, "knorm
 # -- contenders ---------------------------------------------------------------------------
 
 
-def test_factors_and_budgets_are_whole_blocks() -> None:
-    for name, budget in (("knorm/8", 224), ("knorm/2", 992), ("knorm@512", 512), ("merge/4", 480)):
-        assert contender(name, 2000).settings["budget"] == budget, name
-    # Layers of a pyramid have L0 to L0 / 4, 5/8 of it on average: 250 for 400.
-    assert contender("pyramid/8", 2000).settings["budget"] == 384
+def test_factors_bound_what_is_held_and_budgets_what_is_kept() -> None:
+    for name, budget, interval in (
+        *(("knorm/8", 224, 32), ("knorm/2", 928, 64), ("merge/4", 480, 32)),
+        # Layers of a pyramid have L0 to L0 / 4, 5/8 of it on average: 220 of 352.
+        *(("knorm@512", 512, 32), ("knorm@1024", 1024, 64), ("pyramid/8", 352, 32)),
+    ):
+        settings = contender(name, 2000).settings
+        assert settings is not None
+        assert (settings["budget"], settings["interval"]) == (budget, interval), name
     both = contender("knorm+merge+fp8/4", 2000)
     assert (both.settings["method"], both.cache, both.baseline) == ("knorm+merge", "fp8", "fp8")
     assert contender("stock-capped", 2000).capped
