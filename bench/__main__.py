@@ -10,6 +10,7 @@ Again with the same ``--out DIRECTORY`` only what is missing is run.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -114,6 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    # Ended from outside, a case's processes are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = 0 if options.report else run_missing(cases, store, until)
     print(f"Report: {relative(write_report(store))}")
     return 1 if failed else 0

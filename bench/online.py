@@ -30,7 +30,7 @@ class Serving:
     def cases(self, options: Options) -> list[Case]:
         """Contenders of one comparison are neighbours; every other repeat goes backwards."""
         datasets, shapes, pools, methods, repeats, requests = {
-            "quick": (("random",), ((192, 32),), (2,), ("stock", "knorm/2"), 1, 4),
+            "quick": (("random",), ((320, 40),), (2,), ("stock", "knorm/2"), 1, 4),
             "short": (("random",), ((1000, 250),), (2,), ("stock", "knorm/8"), 1, 8),
             "full": (
                 DATASETS,
@@ -104,7 +104,7 @@ class Serving:
             "kv_bytes": kv_bytes,
             "seconds": found["duration"],
             "output_tokens_per_second": found["output_throughput"],
-            **{f"{kind}_{what}_ms": found[f"{what}_{kind}_ms"] for kind, what in _latencies()},
+            **{f"{kind}_{what}_ms": found[f"{kind}_{what}_ms"] for kind, what in _latencies()},
             **measured,
             "compaction_share": measured["compaction_seconds"] / found["duration"],
         }
