@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 """Points of each line, by label."""
@@ -28,11 +29,7 @@ def line_plot(
     Path
         ``path``.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for (label, points), marker in zip(lines.items(), "osD^vP*X<>hd" * 4, strict=False):
         axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=5, label=label)
@@ -47,3 +44,40 @@ def line_plot(
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return path
+
+
+def bar_plot(path: Path, values: Mapping[str, float], xlabel: str, title: str = "") -> Path:
+    """Draw a horizontal bar for each label, with its value, the first on top.
+
+    Parameters
+    ----------
+    path : Path
+        File to write, PNG or SVG.
+    values : mapping of str to float
+    xlabel, title : str
+
+    Returns
+    -------
+    Path
+        ``path``.
+    """
+    pyplot = _pyplot()
+    size = (7, 0.9 + 0.4 * len(values))
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    bars = axes.barh(list(values), list(values.values()))
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel=xlabel, title=title)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

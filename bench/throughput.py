@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.contenders import contender, with_budgets
 from bench.engines import BLOCK_SIZE, Geometry, model_or_bundled
-from bench.plotting import line_plot
+from bench.plotting import bar_plot, line_plot
 from bench.report import table
 from bench.suite import Case, Options, Results, Target, ratio_text, target_lines
 
@@ -200,7 +200,7 @@ class Throughput:
         ]
 
     def plots(self, results: Results, directory: Path) -> list[Path]:
-        """Throughput against KV bytes, a plot for each shape with several pools."""
+        """Throughput against KV bytes for each shape; bars if there is only one pool."""
         shapes: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(dict)
         for rows in grouped(results).values():
             shape = f"{rows[0]['prompt_tokens']}+{rows[0]['output_tokens']}"
@@ -208,16 +208,18 @@ class Throughput:
                 speeds = [r["output_tokens_per_second"] for r in rows if r["method"] == method]
                 point = rows[0]["kv_bytes"] / (1 << 20), statistics.median(speeds)
                 shapes[shape].setdefault(method, []).append(point)
-        return [
-            line_plot(
-                directory / f"throughput-against-KV-memory-{shape}.png",
-                lines,
-                "KV cache, MiB",
-                "Output tokens per second",
-                f"{shape} tokens",
-            )
-            for shape, lines in shapes.items()
-        ]
+        made = []
+        for shape, lines in shapes.items():
+            label, title = "Output tokens per second", f"{shape} tokens"
+            if max(len(points) for points in lines.values()) > 1:
+                path = directory / f"throughput-against-KV-memory-{shape}.png"
+                made.append(line_plot(path, lines, "KV cache, MiB", label, title))
+            else:
+                ((size, _),) = next(iter(lines.values()))
+                bars = {method: points[0][1] for method, points in lines.items()}
+                title += f", {size:.0f} MiB of KV cache"
+                made.append(bar_plot(directory / f"throughput-{shape}.png", bars, label, title))
+        return made
 
 
 def grouped(results: Results) -> dict[str, list[dict[str, Any]]]:

@@ -131,7 +131,13 @@ def test_throughput_reports_ratios_of_pairs(tmp_path: Path) -> None:
     ]
     assert "3.94 (3.88 to 4)" in "\n".join(Throughput().report(twice))
     (plot,) = Throughput().plots(twice, tmp_path)
+    assert plot.name == "throughput-1000+1000.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
+    more = {
+        f"{key}, more": row | {"kv_bytes": 188 << 20, "group": "m"} for key, row in twice.items()
+    }
+    (plot,) = Throughput().plots(twice | more, tmp_path)
+    assert plot.name == "throughput-against-KV-memory-1000+1000.png"
 
 
 def test_reports_bear_missing_cases(tmp_path: Path) -> None:
