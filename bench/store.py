@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class Store:
         self.data["results"].setdefault(scenario, {})[key] = {
             "figures": figures,
             "seconds": round(seconds, 2),
+            # Of the last minute, our own included: more than the cores says who else was there.
+            "load": round(os.getloadavg()[0], 2),
             "at": datetime.now().isoformat(timespec="seconds"),
             "vllm_kvcompress": self._version,
         }
