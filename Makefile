@@ -1,13 +1,14 @@
 # make setup   create .venv and install everything (again only when the lock file changed)
 # make serve   serve the bundled model at 127.0.0.1:8000; ARGS="..." adds options of serve.py
 # make test    run the tests; ARGS="..." adds options of pytest
+# make bench   measure stock against compressed, under 15 minutes; ARGS="..." adds options
 # make lint    ruff and mypy
 # make format  let ruff format the code
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := setup
-.PHONY: setup serve test lint format
+.PHONY: setup serve test bench lint format
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,12 +53,15 @@ $(DONE): $(LOCK) pyproject.toml
 serve: $(DONE)
 	$(BIN)/python serve.py $(ARGS)
 
-# glibc keeps what the tests free: fresh memory is slow on machines that give it back to a host.
-test: export MALLOC_MMAP_MAX_ ?= 0
-test: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
-test: export MALLOC_TOP_PAD_ ?= 67108864
+# glibc keeps what is freed: fresh memory is slow on machines that give it back to a host.
+test bench: export MALLOC_MMAP_MAX_ ?= 0
+test bench: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+test bench: export MALLOC_TOP_PAD_ ?= 67108864
 test: $(DONE)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+bench: $(DONE)
+	$(BIN)/python -m bench --short $(ARGS)
 
 lint: $(DONE)
 	$(BIN)/ruff check .

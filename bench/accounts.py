@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from bench.smoke import in_its_own_process, machine, make_engine, make_prompts, run, spread
+from bench.engines import make_engine, make_prompts, run, scheduler_of
+from bench.machine import ROOT, in_its_own_process, machine, spread
 
 BATCH = 32
 VIEWERS = 5
@@ -49,7 +49,7 @@ class NoAccounts:
 def unwatched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
     """The cost while nobody asks."""
     engine = make_engine(SETTINGS, kv_bytes=512 << 20)
-    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(engine)
     prompts = make_prompts(batch, prompt)
     accounts = scheduler.kvcompress_accounts
 
@@ -92,7 +92,7 @@ def watched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     server = subprocess.Popen(
         [sys.executable, "serve.py", "--port", str(port), "--dtype", "bfloat16", *options],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
     )

@@ -1,0 +1,165 @@
+"""Scenario 4: what it costs to have compression installed, accounts kept, and more groups."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bench.plotting import line_plot
+from bench.report import table
+from bench.suite import Case, Options, Results, Target, ratio_text, target_lines
+
+GROUPS = (1, 6, 15, 30)
+IDLE_BUDGET = 4096
+"""Tokens; more than any request here has."""
+
+
+class Overhead:
+    """Time of a decoding step against stock vLLM's, when nothing is compressed."""
+
+    name = "overhead"
+    title = "Overhead"
+
+    def cases(self, options: Options) -> list[Case]:
+        """One case each: its engines share a process and take their steps in turn."""
+        batch, prompt, output, rounds = {
+            "quick": (2, 64, 8, 1),
+            "short": (16, 256, 64, 5),
+            "full": (16, 256, 128, 15),
+        }[options.effort]
+        about = {
+            "batch": batch,
+            "prompt_tokens": prompt,
+            "output_tokens": output,
+            "rounds": options.repeats or rounds,
+            "model": options.model,
+        }
+        kinds = ("idle", "accounts", "groups")
+        return [Case(kind, {"kind": kind, **about}) for kind in kinds]
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Run the engines of a case side by side."""
+        from bench.engines import make_prompts
+        from bench.pairing import in_turn
+
+        about = case.parameters
+        engines = getattr(self, f"_{about['kind']}")(about)
+        prompts = make_prompts(about["batch"], about["prompt_tokens"])
+        in_turn(engines, prompts, 4)
+        base = next(iter(engines))
+        ratios: dict[str, list[float]] = {name: [] for name in engines}
+        steps: dict[str, list[float]] = {name: [] for name in engines}
+        for _ in range(about["rounds"]):
+            courses = in_turn(engines, prompts, about["output_tokens"])
+            for name, course in courses.items():
+                # Steps of equal number do the same work at nearly the same time.
+                pairs = zip(course.decoding, courses[base].decoding, strict=True)
+                ratios[name].append(statistics.median(own / stock for own, stock in pairs))
+                steps[name].append(course.step)
+        return {
+            **about,
+            "base": base,
+            "step_seconds": {name: statistics.median(took) for name, took in steps.items()},
+            "step_ratios": {name: found for name, found in ratios.items() if name != base},
+        }
+
+    def _engine(self, about: dict[str, Any], settings: dict[str, Any] | None) -> Any:
+        from bench.engines import BLOCK_SIZE, Geometry, make_engine
+
+        tokens = about["prompt_tokens"] + about["output_tokens"] + 2 * BLOCK_SIZE
+        size = Geometry.of(about["model"]).pool_bytes(about["batch"] + 1, tokens)
+        return make_engine(settings, size, model=about["model"], max_model_len=tokens)
+
+    def _idle(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Stock vLLM before our plugin was loaded, then with it, then switched on but idle."""
+        import os
+
+        from vllm.engine.arg_utils import EngineArgs
+
+        from vllm_kvcompress import plugin
+        from vllm_kvcompress.settings import CONFIG_KEY
+
+        os.environ["VLLM_PLUGINS"] = ""
+        engines = {"not installed": self._engine(about, None)}
+        assert not hasattr(EngineArgs.create_engine_config, CONFIG_KEY), "the plugin is loaded"
+        plugin.register()
+        engines["installed"] = self._engine(about, None)
+        engines["on, no request long enough"] = self._engine(about, {"budget": IDLE_BUDGET})
+        return engines
+
+    def _accounts(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Two engines with frequent compactions, one of them without accounts."""
+        from bench.accounts import SETTINGS, NoAccounts
+        from bench.engines import scheduler_of
+
+        settings = {**SETTINGS, "budget": 128, "interval": 32}
+        engines = {name: self._engine(about, settings) for name in ("without accounts", "accounts")}
+        scheduler = scheduler_of(engines["without accounts"])
+        scheduler.kvcompress_accounts = scheduler.kvcompress.accounts = NoAccounts()
+        return engines
+
+    def _groups(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Stock vLLM, and compression that never begins, in ever more KV cache groups."""
+        from bench.engines import Geometry, scheduler_of
+
+        layers = Geometry.of(about["model"]).layers
+        engines = {"stock": self._engine(about, None)}
+        for groups in GROUPS:
+            if layers % groups == 0:
+                settings = {"budget": IDLE_BUDGET, "bands": groups}
+                engine = engines[_named(groups)] = self._engine(about, settings)
+                made = len(scheduler_of(engine).kv_cache_config.kv_cache_groups)
+                assert made == groups, f"{made} groups instead of {groups}"
+        return engines
+
+    def report(self, results: Results) -> list[str]:
+        """Targets, then a table of every case."""
+        idle = results.get("idle", {"step_ratios": {}})["step_ratios"]
+        lines = [
+            "Steps in which a batch decodes, of engines that share a process and take their steps "
+            "in turn: the ratio of a round is the median over pairs of steps of equal number. "
+            "`not installed` was made before the plugin was loaded.",
+            *target_lines(
+                [
+                    Target(f"idle: {name}", "0.99 to 1.01", 0.99, 1.01, tuple(ratios))
+                    for name, ratios in idle.items()
+                ]
+            ),
+        ]
+        for row in results.values():
+            lines += [
+                "",
+                f"Batch of {row['batch']}, {row['prompt_tokens']}+{row['output_tokens']} tokens, "
+                f"{row['rounds']} rounds:",
+                "",
+            ]
+            lines += table(
+                ["", "Step, ms", f"Against `{row['base']}`"],
+                [
+                    [
+                        f"`{name}`",
+                        f"{1e3 * seconds:.2f}",
+                        ratio_text(row["step_ratios"][name]) if name != row["base"] else "1",
+                    ]
+                    for name, seconds in row["step_seconds"].items()
+                ],
+            )
+        return lines
+
+    def plots(self, results: Results, directory: Path) -> list[Path]:
+        """Time of a step against the number of groups."""
+        ratios = results.get("groups", {"step_ratios": {}})["step_ratios"]
+        points = [
+            (groups, statistics.median(ratios[_named(groups)]))
+            for groups in GROUPS
+            if _named(groups) in ratios
+        ]
+        if len(points) < 2:
+            return []
+        path = directory / "decoding-step-against-KV-cache-groups.png"
+        return [line_plot(path, {"step": points}, "KV cache groups", "Step, stock = 1")]
+
+
+def _named(groups: int) -> str:
+    return "1 group" if groups == 1 else f"{groups} groups"

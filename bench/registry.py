@@ -1,0 +1,35 @@
+"""The scenarios of the suite, by name; modules are imported when a scenario is used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from bench.suite import Scenario
+
+SCENARIOS = {
+    "throughput": "bench.throughput",
+    "serving": "bench.online",
+    "capacity": "bench.capacity",
+    "latency": "bench.latency",
+    "overhead": "bench.overhead",
+    "scheduler": "bench.scheduler",
+    "compaction": "bench.pages",
+    "scale": "bench.scale",
+}
+"""Module of each scenario, in the order in which they run and are reported."""
+
+
+def scenario(name: str) -> Scenario:
+    """Make a scenario: the class in its module that bears its name."""
+    module = import_module(SCENARIOS[name])
+    for kind in vars(module).values():
+        if isinstance(kind, type) and getattr(kind, "name", None) == name:
+            return kind()
+    raise LookupError(f"{module.__name__} has no class whose name is {name!r}")
+
+
+def available() -> list[str]:
+    """Scenarios whose module is there."""
+    from importlib.util import find_spec
+
+    return [name for name, module in SCENARIOS.items() if find_spec(module) is not None]
