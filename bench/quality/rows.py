@@ -16,8 +16,12 @@ OURS = "vllm-kvcompress"
 FULL = "full"
 """Method of the rows without compression; their ``removed`` is 0."""
 
-STRICT, AFTER_PROMPT = "strict", "after_prompt"
-PROTOCOLS = (STRICT, AFTER_PROMPT)
+STRICT, AFTER_PROMPT, DURING = "strict", "after_prompt", "during_prefill"
+PROTOCOLS = (STRICT, AFTER_PROMPT, DURING)
+
+
+class RowsError(ValueError):
+    """Rows that cannot be read or compared; the message says which and why."""
 
 
 class RowKey(NamedTuple):
@@ -53,6 +57,7 @@ class Row:
     protocol : str
         ``strict``: the context is compressed before the question is computed. ``after_prompt``:
         the question is part of what is computed exactly and then compressed, which flatters.
+        ``during_prefill``: compressed again and again while it is computed (``lm`` only).
     score : float
         From 0 to 1; for ``lm`` the share of tokens that the model would have predicted.
     prediction : str
@@ -67,6 +72,9 @@ class Row:
         For ``lm``: mean negative log-likelihood of a token, in nats.
     scored_tokens : int or None
         For ``lm``: tokens that `score` and `nll` are means of.
+    kept : float or None
+        Share of what `removed` is of that really stayed, mean over the layers: whole blocks
+        are freed, and some tokens are never removed.
     variant : str
         Name for settings of the server that are not its defaults, such as ``no-sinks``.
     """
@@ -85,6 +93,7 @@ class Row:
     depth: float | None = None
     nll: float | None = None
     scored_tokens: int | None = None
+    kept: float | None = None
     variant: str = ""
 
     @property
@@ -103,7 +112,7 @@ class Row:
     def line(self) -> str:
         """As one line of JSON, without what is not set."""
         values = {name: value for name, value in asdict(self).items() if value not in (None, "")}
-        return json.dumps({**values, "prediction": self.prediction}, ensure_ascii=False)
+        return json.dumps({**values, "prediction": self.prediction})
 
 
 def prompt_digest(token_ids: Sequence[int]) -> str:
@@ -125,24 +134,25 @@ def read_rows(files: Iterable[Path]) -> Iterator[Row]:
 
     Raises
     ------
-    ValueError
+    RowsError
         A line that is no row, with its file and number.
     """
     known = {item.name for item in fields(Row)}
     for file in files:
-        text = file.read_text(encoding="utf-8")
-        for number, line in enumerate(text.splitlines(keepends=True), 1):
+        # Not splitlines(): JSON may have other line separators inside its strings.
+        *whole, last = file.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate([*whole, last], 1):
             if not line.strip():
                 continue
             try:
                 values: dict[str, Any] = json.loads(line)
                 row = Row(**{name: value for name, value in values.items() if name in known})
             except (TypeError, ValueError, AttributeError) as error:
-                if not line.endswith("\n"):
+                if number > len(whole):
                     continue
-                raise ValueError(f"{file}, line {number} is no result row: {error}") from error
+                raise RowsError(f"{file}, line {number} is no result row: {error}") from error
             if row.protocol not in PROTOCOLS:
-                raise ValueError(
+                raise RowsError(
                     f"{file}, line {number}: protocol={row.protocol} is not known; known are "
                     f"{', '.join(PROTOCOLS)}."
                 )

@@ -12,6 +12,10 @@ from random import Random
 from typing import Any, NamedTuple, Protocol
 
 
+class TaskError(ValueError):
+    """Cases that cannot be made; the message says why."""
+
+
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
@@ -115,11 +119,11 @@ def largest(fits: Callable[[int], bool], guess: int) -> int:
 
     Raises
     ------
-    ValueError
+    TaskError
         Not even size 0 fits.
     """
     if not fits(0):
-        raise ValueError("the wished context is too short for this task's own text.")
+        raise TaskError("the wished context is too short for a task's own text.")
     low, step = 0, max(guess, 1)
     while fits(low + step):
         low += step

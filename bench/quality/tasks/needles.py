@@ -26,7 +26,9 @@ from bench.quality.tasks.words import key_word
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 MAX_TOKENS = 128
-"""RULER's; a variant with one short answer gets fewer, see `Needles.max_tokens`."""
+"""RULER's, for several answers."""
+ONE_ANSWER = {"numbers": 24, "words": 24, "uuids": 56}
+"""Enough for one answer, which stands at the beginning if at all; by kind."""
 
 
 def _draw(random: Random, kind: str) -> str:
@@ -62,8 +64,8 @@ class Needles:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens to generate: one short answer needs fewer than RULER's 128."""
-        return 48 if self.queries * self.values == 1 else MAX_TOKENS
+        """Tokens to generate; fewer than RULER's 128 where one answer is asked for."""
+        return ONE_ANSWER[self.value_kind] if self.queries * self.values == 1 else MAX_TOKENS
 
     def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
         """See :class:`~bench.quality.tasks.case.Task`."""

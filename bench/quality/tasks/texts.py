@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from bench.quality.tasks.case import TaskError
 from vllm_kvcompress.bundled import cache_directory
 
 VARIABLE = "KVCOMPRESS_QUALITY_TEXTS"
@@ -27,7 +28,7 @@ SHORTEST, LONGEST = 20, 600
 """Characters of what counts as a sentence in a haystack."""
 
 
-class TextsError(RuntimeError):
+class TextsError(TaskError):
     """No text is to be had; the message says what to do."""
 
 
