@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,12 +29,12 @@ from bench.quality.longbench.files import longbench_tasks
 from bench.quality.plan import ALL_METHODS, FULL_PLAN, LANGUAGE, SHORT, Plan
 from bench.quality.report import write_report
 from bench.quality.rows import DURING, PROTOCOLS, STRICT, RowsError, read_rows
-from bench.quality.runner import RowFile, Runner, make_jobs
+from bench.quality.runner import Job, RowFile, Runner, make_jobs
 from bench.quality.server import ServerError, serving
 from bench.quality.tasks import TASKS, Task
 from bench.quality.tasks.case import TaskError, Tokenizer
 from bench.quality.tasks.texts import VARIABLE
-from vllm_kvcompress.bundled import BundledModelError, model_directory
+from vllm_kvcompress.bundled import MODEL_NAME, BundledModelError, model_directory
 from vllm_kvcompress.methods import MERGING
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -152,7 +153,7 @@ def _plan(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
     shares = arguments.shares or plan.shares
     if not all(0 < share < 1 for share in shares):
         raise UsageError("--shares are shares removed: numbers between 0 and 1.")
-    if (arguments.count or 1) < 1 or arguments.concurrency < 1:
+    if (arguments.count is not None and arguments.count < 1) or arguments.concurrency < 1:
         raise UsageError("--count and --concurrency must be at least 1.")
     return replace(
         plan,
@@ -186,8 +187,13 @@ def _run(arguments: argparse.Namespace) -> int:
         output = asyncio.run(_ask(arguments, plan, tasks, arguments.url, plan.methods, output))
     else:
         model = arguments.model or str(model_directory())
-        for server, methods in _servers(plan.methods):
-            output = _ask_own(arguments, plan, tasks, model, server, methods, output)
+        name = Path(model).name if arguments.model else MODEL_NAME
+        output = output or RESULTS / f"quality-{name}.jsonl"
+        tokenizer = _tokenizer(arguments.tokenizer or model)
+        for method, methods in _servers(plan.methods):
+            info = ServerInfo(name, model, None, tuple(methods), {})
+            if _jobs(plan, tasks, tokenizer, info, methods, output):
+                _ask_own(arguments, plan, tasks, method, methods, output)
     if not arguments.no_report:
         for path in write_report(list(read_rows([output])), output.with_suffix("")):
             print(path)
@@ -206,17 +212,15 @@ def _ask_own(
     arguments: argparse.Namespace,
     plan: Plan,
     tasks: dict[str, Task],
-    model: str,
     method: str,
     methods: Sequence[str],
-    output: Path | None,
-) -> Path:
-    """Start a server and ask it, if anything is left to ask."""
-    output = output or RESULTS / f"quality-{Path(model).name}.jsonl"
+    output: Path,
+) -> None:
+    """Start a server and ask it."""
     options = ["--dtype", arguments.dtype, "--enforce-eager", "--kvcompress-method", method]
     if any(DURING in protocols for protocols in plan.tasks.values()):
         options += ["--kvcompress-phase", DURING]
-    # The one own server keeps no accounts of finished requests: they come with the answers.
+    # Accounts of finished requests are not kept: they come with the answers.
     options += [*OWN_OPTIONS, *shlex.split(arguments.server_options)]
     log = output.with_suffix(f".{method.replace('+', '-')}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +229,20 @@ def _ask_own(
         url = stack.enter_context(serving(arguments.model, options, log))
         asyncio.run(_ask(arguments, plan, tasks, url, methods, output))
     log.unlink()
-    return output
+
+
+def _jobs(
+    plan: Plan,
+    tasks: dict[str, Task],
+    tokenizer: Tokenizer,
+    info: ServerInfo,
+    methods: Sequence[str],
+    output: Path,
+) -> list[Job]:
+    """What is left to ask a server that does not run yet."""
+    done = RowFile(output)
+    done.close()
+    return make_jobs(plan, list(tasks.values()), tokenizer, info, methods, done)
 
 
 async def _ask(
@@ -297,4 +314,6 @@ class _Progress:
 
 
 if __name__ == "__main__":
+    # A server started here ends with the command, also when that is ended by kill.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
