@@ -1,13 +1,15 @@
 # make setup   create .venv and install everything (again only when the lock file changed)
 # make serve   serve the bundled model at 127.0.0.1:8000; ARGS="..." adds options of serve.py
 # make test    run the tests; ARGS="..." adds options of pytest
+# make quality what the bundled model loses by compression, in under 20 minutes on two cores;
+#              ARGS="..." adds options of bench.quality
 # make lint    ruff and mypy
 # make format  let ruff format the code
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := setup
-.PHONY: setup serve test lint format
+.PHONY: setup serve test quality lint format
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -56,6 +58,12 @@ test: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 test: export MALLOC_TOP_PAD_ ?= 67108864
 test: $(DONE)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Its libraries are an extra: the lock file may not have them.
+quality: $(DONE)
+	@$(BIN)/python -c "import matplotlib, rapidfuzz, rouge_score" 2>/dev/null || \
+		$(BIN)/python -m pip install --no-build-isolation -e ".[quality]"
+	$(BIN)/python -m bench.quality --short $(ARGS)
 
 lint: $(DONE)
 	$(BIN)/ruff check .
