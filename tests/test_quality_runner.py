@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,13 @@ def test_stopped_run_goes_on(harness: Harness) -> None:
         harness.run(FakeServer(harness.reply, fail_after=7), concurrency=1)
     assert "answered 500: out of order" in str(leaf(caught.value))
     before = list(read_rows([harness.path]))
-    assert len(before) == 8
+    assert len(before) == 6 + 4  # the full cache of all three cases, two rows each, first
     with harness.path.open("a") as file:
         file.write('{"task": "passkey", "key": "cut o')
     assert list(read_rows([harness.path])) == before
     server = FakeServer(harness.reply)
     rows = harness.run(server)
-    assert rows[:8] == before and len(server.asked) == 27 - 7
+    assert rows[:10] == before and len(server.asked) == 27 - 7
     assert len({row.row_key for row in rows}) == len(rows) == 30
     harness.run(again := FakeServer(harness.reply))
     assert again.asked == []
@@ -155,6 +156,21 @@ def test_too_long_for_the_server(tmp_path: Path) -> None:
     plan = Plan(tasks={"passkey": (STRICT,)}, lengths={"": (4090,)}, count=1)
     with pytest.raises(TaskError, match="at most 4096"):
         Harness(tmp_path / "rows", plan).run(FakeServer(lambda *_: ""))
+
+
+def test_failing_tasks_are_not_compressed(harness: Harness) -> None:
+    """Unless asked for; nothing is left to ask of them afterwards."""
+    right = iter([True, False, False])
+    server = FakeServer(lambda *asked: harness.reply(*asked) if next(right, False) else "no")
+    rows = harness.run(server, concurrency=1)  # a third is right: enough
+    assert len(rows) == 30 and {row.method for row in rows} == {FULL, "knorm", "streaming"}
+    failing = Harness(harness.path.with_name("failing"))
+    rows = failing.run(FakeServer(lambda *_: "no"))
+    assert {row.method for row in rows} == {FULL} and len(rows) == 6
+    failing.run(again := FakeServer(lambda *_: "no"))
+    assert again.asked == []
+    failing.plan = replace(PLAN, ask_failing=True)
+    assert len(failing.run(FakeServer(lambda *_: "no"))) == 30
 
 
 def test_server_without_compression(harness: Harness) -> None:

@@ -100,6 +100,8 @@ def _run_parser() -> argparse.ArgumentParser:
     add("--protocols", type=_names, help=f"of {', '.join(PROTOCOLS)}")
     add("--lengths", type=_integers, help="context lengths in tokens, for all tasks")
     add("--count", type=int, help="cases of each task and length")
+    add("--ask-failing", action="store_true", help="measure compression also on tasks that fail "
+        "with the full cache")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--prune-after", type=int, default=1024, help=f"of {DURING} (default: %(default)s tokens)")
     add("--texts", metavar="FILE:FILE", help="text files instead of Debian's packages")
@@ -165,6 +167,7 @@ def _plan(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
         seed=arguments.seed,
         prune_after=arguments.prune_after,
         variant=arguments.variant,
+        ask_failing=arguments.ask_failing,
     )
 
 

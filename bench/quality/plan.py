@@ -90,6 +90,8 @@ class Plan:
         Of compression during prefill.
     variant : str
         Name of the server's settings in the rows.
+    ask_failing : bool
+        Whether compression is also measured on tasks that fail with the full cache.
     """
 
     tasks: Mapping[str, tuple[str, ...]]
@@ -100,6 +102,7 @@ class Plan:
     seed: int = 0
     prune_after: int = 1024
     variant: str = ""
+    ask_failing: bool = False
 
     def variants(self, task: str, methods: Sequence[str]) -> list[Variant]:
         """The full cache and, of these methods, all that is to be asked of a task.

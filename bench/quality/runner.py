@@ -1,20 +1,21 @@
 """Asks a server the cases of a plan and writes rows; what a file already has is not asked again.
 
-All requests of a case follow one another: the first, with the full cache, leaves the context
-in the server's prefix cache, and the others find it there up to the compaction.
+Task after task: first the full cache of all its cases, and if that does not fail, the others.
+All requests of a case follow one another: the first leaves the context in the server's prefix
+cache, and the others find it there up to the compaction.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo, TokenScores
-from bench.quality.plan import LANGUAGE, Plan, Variant
+from bench.quality.plan import LANGUAGE, LEAST_BASELINE, Plan, Variant
 from bench.quality.rows import (
     DURING,
     FULL,
@@ -106,29 +107,62 @@ def make_jobs(
     """
     jobs = []
     for task in tasks:
-        for tokens in plan.lengths_of(task.name):
-            for case in task.cases(plan.count, tokens, tokenizer, plan.seed):
-                prompt = prompt_ids(case, tokenizer)
-                digest = prompt_digest([*prompt.context, *prompt.question])
-                size = len(prompt.context) + len(prompt.question) + case.max_tokens
-                if info.max_tokens is not None and size > info.max_tokens:
-                    raise TaskError(
-                        f"{case.key} takes {size} tokens with its answer, and {info.model} is "
-                        f"served with at most {info.max_tokens}; choose shorter --lengths."
-                    )
-                left = []
-                for variant in plan.variants(task.name, methods):
-                    row = done.rows.get(_row_key(plan, info, case, variant))
-                    if row is None:
-                        left.append(variant)
-                    elif row.prompt != digest:
-                        raise RowsError(
-                            f"{done.path} has {case.key} with another prompt (other texts or "
-                            "another tokenizer); name another --output."
-                        )
-                if left:
-                    jobs.append(Job(task, case, prompt, digest, tuple(left)))
+        own = [
+            _job(plan, task, case, tokenizer, info, methods, done)
+            for tokens in plan.lengths_of(task.name)
+            for case in task.cases(plan.count, tokens, tokenizer, plan.seed)
+        ]
+        jobs += [job for job in _worth(own, plan, info, done) if job.variants]
     return jobs
+
+
+def _job(
+    plan: Plan,
+    task: Task,
+    case: Case,
+    tokenizer: Tokenizer,
+    info: ServerInfo,
+    methods: Sequence[str],
+    done: RowFile,
+) -> Job:
+    prompt = prompt_ids(case, tokenizer)
+    digest = prompt_digest([*prompt.context, *prompt.question])
+    size = len(prompt.context) + len(prompt.question) + case.max_tokens
+    if info.max_tokens is not None and size > info.max_tokens:
+        raise TaskError(
+            f"{case.key} takes {size} tokens with its answer, and {info.model} is "
+            f"served with at most {info.max_tokens}; choose shorter --lengths."
+        )
+    left = []
+    for variant in plan.variants(task.name, methods):
+        row = done.rows.get(_row_key(plan, info, case, variant))
+        if row is None:
+            left.append(variant)
+        elif row.prompt != digest:
+            raise RowsError(
+                f"{done.path} has {case.key} with another prompt (other texts or "
+                "another tokenizer); name another --output."
+            )
+    return Job(task, case, prompt, digest, tuple(left))
+
+
+def _worth(jobs: Sequence[Job], plan: Plan, info: ServerInfo, done: RowFile) -> list[Job]:
+    """Jobs of one task, only their full cache if that is known to fail.
+
+    One that is not known yet may still turn out to fail.
+    """
+    if not jobs or plan.ask_failing or jobs[0].task.name == LANGUAGE:
+        return list(jobs)
+    protocol = plan.tasks[jobs[0].task.name][0]
+    keys = [_row_key(plan, info, job.case, Variant(FULL, 0.0, protocol)) for job in jobs]
+    rows = [done.rows[key] for key in keys if key in done.rows]
+    fails = sum(row.score for row in rows) < LEAST_BASELINE * len(rows)
+    if len(rows) < len(keys) or not fails:
+        return list(jobs)
+    return [
+        replace(job, variants=tuple(one for one in job.variants if one.method == FULL))
+        for job in jobs
+    ]
 
 
 def _row_key(plan: Plan, info: ServerInfo, case: Case, variant: Variant) -> RowKey:
@@ -165,44 +199,57 @@ class Runner:
     done: RowFile
     concurrency: int
     _slots: asyncio.Semaphore = field(init=False)
+    _progress: Progress = field(init=False)
+    _finished: int = field(init=False, default=0)
+    _of: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self.concurrency)
 
     async def run(self, jobs: Sequence[Job], progress: Progress) -> None:
-        """Ask them all, case after case.
+        """Ask them all, task after task: the full cache of its cases first, then the others.
 
         Parameters
         ----------
         jobs : sequence of Job
         progress : callable
         """
+        self._finished, self._progress, self._of = 0, progress, len(jobs)
+        for task in dict.fromkeys(job.task.name for job in jobs):
+            own = [job for job in jobs if job.task.name == task]
+            if task != LANGUAGE:
+                await self._each(own, self._ask_full)
+            worth = _worth(own, self.plan, self.info, self.done)
+            await self._each(worth, self._ask_others)
+
+    async def _each(self, jobs: Sequence[Job], ask: Callable[[Job], Awaitable[None]]) -> None:
         waiting = list(reversed(jobs))
-        finished = 0
 
         async def work() -> None:
-            nonlocal finished
             while waiting:
-                job = waiting.pop()
-                await self._run_job(job)
-                finished += 1
-                progress(finished, len(jobs), f"{job.case.key}: {len(job.variants)} rows")
+                await ask(waiting.pop())
 
         # Two cases at a time: one computes its context while the other's variants decode.
         async with asyncio.TaskGroup() as group:
             for _ in range(min(2, self.concurrency)):
                 group.create_task(work())
 
-    async def _run_job(self, job: Job) -> None:
+    async def _ask_full(self, job: Job) -> None:
         full = [variant for variant in job.variants if variant.method == FULL]
-        others = [[variant] for variant in job.variants if variant.method != FULL]
-        if job.task.name == LANGUAGE:  # protocols score different tokens
-            others += [[variant] for variant in full]
-        elif full:
+        if full:
             await self._ask(job, full)
+
+    async def _ask_others(self, job: Job) -> None:
+        language = job.task.name == LANGUAGE
+        others = [one for one in job.variants if language or one.method != FULL]
+        if others and not language:
+            # Alone: it leaves the context in the prefix cache, if that is not there already.
+            await self._ask(job, [others.pop(0)])
         async with asyncio.TaskGroup() as group:
-            for variants in others:
-                group.create_task(self._ask(job, variants))
+            for variant in others:
+                group.create_task(self._ask(job, [variant]))
+        self._finished += 1
+        self._progress(self._finished, self._of, job.case.key)
 
     async def _ask(self, job: Job, variants: Sequence[Variant]) -> None:
         """One request, whose answer holds for all of these variants."""
