@@ -27,6 +27,11 @@ class WordTokenizer:
             self.ids.setdefault(part, len(self.ids) + 1) for part in parts
         ]
 
+    def apply_chat_template(self, conversation: Any, **options: Any) -> str:
+        assert options == {"tokenize": False, "add_generation_prompt": True}
+        (message,) = conversation
+        return f"[user] {message['content']} [end] [assistant] "
+
     def decode(self, ids: list[int]) -> str:
         names = {number: part for part, number in self.ids.items()}
         return "".join(names[one] for one in ids if one)

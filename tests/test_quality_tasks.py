@@ -119,6 +119,21 @@ def test_formats_are_rulers() -> None:
     assert known[re.findall(r"\S{36}", uuids.question)[0]] == uuids.answers[0]
 
 
+@pytest.mark.parametrize("name", GENERATING)
+def test_chat_template(name: str) -> None:
+    """The start of the answer is the assistant's; nothing else changes."""
+    tokenizer = WordTokenizer()
+    (case,) = TASKS[name].cases(1, LENGTH, tokenizer, 0)
+    start = case.details["answer_start"]
+    assert start.strip() and case.question.endswith(start) and case.question != start
+    prompt = prompt_ids(case, tokenizer, chat=True)
+    assert tokenizer.decode(prompt.context) == f"[user] {case.context}"
+    asked = case.question.removesuffix(start)
+    assert tokenizer.decode(prompt.question) == f"{asked} [end] [assistant] {start.strip()}"
+    plain = prompt_ids(case, tokenizer)
+    assert tokenizer.decode(plain.context + plain.question) == case.context + case.question
+
+
 def test_multikey_asks_for_one_of_four() -> None:
     (case,) = TASKS["niah_multikey_1"].cases(1, LENGTH, WordTokenizer(), 0)
     needles = dict(re.findall(r"magic numbers for (\w+-\w+) is: (\d{7})\.", case.context))

@@ -100,6 +100,7 @@ def _run_parser() -> argparse.ArgumentParser:
     add("--protocols", type=_names, help=f"of {', '.join(PROTOCOLS)}")
     add("--lengths", type=_integers, help="context lengths in tokens, for all tasks")
     add("--count", type=int, help="cases of each task and length")
+    add("--chat", action="store_true", help="ask in the model's chat template")
     add("--ask-failing", action="store_true", help="measure compression also on tasks that fail "
         "with the full cache")  # fmt: skip
     add("--seed", type=int, default=0)
@@ -167,6 +168,7 @@ def _plan(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
         seed=arguments.seed,
         prune_after=arguments.prune_after,
         variant=arguments.variant,
+        chat=arguments.chat,
         ask_failing=arguments.ask_failing,
     )
 

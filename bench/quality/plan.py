@@ -90,6 +90,8 @@ class Plan:
         Of compression during prefill.
     variant : str
         Name of the server's settings in the rows.
+    chat : bool
+        Whether prompts are in the model's chat template; those of ``lm`` never are.
     ask_failing : bool
         Whether compression is also measured on tasks that fail with the full cache.
     """
@@ -102,6 +104,7 @@ class Plan:
     seed: int = 0
     prune_after: int = 1024
     variant: str = ""
+    chat: bool = False
     ask_failing: bool = False
 
     def variants(self, task: str, methods: Sequence[str]) -> list[Variant]:

@@ -125,7 +125,10 @@ def _job(
     methods: Sequence[str],
     done: RowFile,
 ) -> Job:
-    prompt = prompt_ids(case, tokenizer)
+    chat = plan.chat and task.name != LANGUAGE
+    if chat:
+        case = replace(case, key=f"{case.key}-chat")
+    prompt = prompt_ids(case, tokenizer, chat)
     digest = prompt_digest([*prompt.context, *prompt.question])
     size = len(prompt.context) + len(prompt.question) + case.max_tokens
     if info.max_tokens is not None and size > info.max_tokens:

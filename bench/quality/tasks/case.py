@@ -22,6 +22,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with the special tokens that begin a prompt."""
 
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """A conversation as the model was trained to read it."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,7 +45,8 @@ class Case:
     max_tokens : int
         Tokens to generate.
     details : dict
-        Of the task: ``tokens`` wished, ``depth`` of the needle from 0 to 1, and more.
+        Of the task: ``tokens`` wished, ``depth`` of the needle from 0 to 1, and more. The end of
+        the question that already begins the answer, if there is such, is ``answer_start``.
     """
 
     task: str
@@ -75,19 +79,38 @@ class Prompt(NamedTuple):
     question: list[int]
 
 
-def prompt_ids(case: Case, tokenizer: Tokenizer) -> Prompt:
+PLACE = "<<the user's words>>"
+"""Where a chat template is split."""
+
+
+def prompt_ids(case: Case, tokenizer: Tokenizer, chat: bool = False) -> Prompt:
     """Tokenise a case, its two parts apart so that the border between them is exact.
 
     Parameters
     ----------
     case : Case
     tokenizer : Tokenizer
+    chat : bool
+        Whether context and question are what a user says in the model's chat template, and the
+        start of the answer is the assistant's.
 
     Returns
     -------
     Prompt
-        The context begins with the tokenizer's special tokens, if it has any.
+        The context begins with the tokenizer's special tokens, if it has any, or with what the
+        template has before a user's words.
     """
+    if chat:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": PLACE}], tokenize=False, add_generation_prompt=True
+        )
+        before, _, after = text.partition(PLACE)
+        start = case.details.get("answer_start", "")
+        question = case.question.removesuffix(start) + after + start.strip()
+        return Prompt(
+            tokenizer.encode(before + case.context, add_special_tokens=False),
+            tokenizer.encode(question, add_special_tokens=False),
+        )
     return Prompt(
         tokenizer.encode(case.context),
         tokenizer.encode(case.question, add_special_tokens=False),

@@ -59,10 +59,10 @@ class CommonWords:
         return text, common
 
     def _question(self) -> str:
-        return (
-            f"\nQuestion: What are the {self.common} most common words in the above list? "
-            f"Answer: The top {self.common} words that appear most often in the list are:"
-        )
+        return f"\nQuestion: What are the {self.common} most common words in the above list?"
+
+    def _start(self) -> str:
+        return f" Answer: The top {self.common} words that appear most often in the list are:"
 
     def _case(self, index: int, tokens: int, tokenizer: Tokenizer, seed: int) -> Case:
         key = case_key(self.name, tokens, seed, index)
@@ -70,7 +70,7 @@ class CommonWords:
         long = tokens >= LONG
         shot = (40, 10, 3) if long else (20, 3, 1)
         text, common = self._list(random, sample_words(random, shot[0]), *shot[1:])
-        example = f"{text}{self._question()} {_numbered(common)}\n"
+        example = f"{text}{self._question()}{self._start()} {_numbered(common)}\n"
         often, seldom = (30, 3) if long else (6, 1)
         order = random.getrandbits(64)
         words = sample_words(random, max(self.common, tokens // (5 * seldom)))
@@ -83,10 +83,11 @@ class CommonWords:
             enough = self.common + size <= len(words)
             return enough and len(tokenizer.encode(make(size))) <= tokens
 
-        details = {"tokens": tokens, "seed": seed, "index": index}
+        details = {"tokens": tokens, "seed": seed, "index": index, "answer_start": self._start()}
+        question = self._question() + self._start()
         context = make(largest(fits, tokens // 16))
         answers = tuple(words[: self.common])
-        return Case(self.name, key, context, self._question(), answers, self.max_tokens, details)
+        return Case(self.name, key, context, question, answers, self.max_tokens, details)
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,21 @@ class FrequentWords:
         size = largest(lambda size: len(tokenizer.encode(make(size))) <= tokens, tokens // 4)
         question = (
             "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are "
-            "the three most frequently appeared words in the above coded text? Answer: According "
-            "to the coded text above, the three most frequently appeared words are:"
+            "the three most frequently appeared words in the above coded text?"
         )
-        details = {"tokens": tokens, "seed": seed, "index": index}
+        start = (
+            " Answer: According to the coded text above, the three most frequently appeared words "
+            "are:"
+        )
+        details = {"tokens": tokens, "seed": seed, "index": index, "answer_start": start}
         return Case(
-            self.name, key, make(size), question, tuple(words[1:4]), self.max_tokens, details
+            self.name,
+            key,
+            make(size),
+            question + start,
+            tuple(words[1:4]),
+            self.max_tokens,
+            details,
         )
 
 

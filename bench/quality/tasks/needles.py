@@ -92,7 +92,7 @@ class Needles:
             depths = sorted(random.sample([place / 39 for place in range(40)], len(needles)))
         asked = random.sample(range(self.keys), self.queries)
         answers = tuple(value for number in asked for value in values[number])
-        before, after = self._frame([keys[number] for number in asked])
+        before, after, start = self._frame([keys[number] for number in asked])
         make = self._haystack(random, tokens, tokenizer, needles, depths)
 
         def fits(size: int) -> bool:
@@ -102,13 +102,14 @@ class Needles:
         details: dict[str, Any] = {"tokens": tokens, "seed": seed, "index": index}
         if len(needles) == 1:
             details["depth"] = depths[0]
-        return Case(self.name, key, context, after, answers, self.max_tokens, details)
+        details["answer_start"] = start
+        return Case(self.name, key, context, after + start, answers, self.max_tokens, details)
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(kind=self.value_kind, key=key, value=value)
 
-    def _frame(self, asked: list[str]) -> tuple[str, str]:
-        """What stands before the haystack and after it, down to the start of the answer."""
+    def _frame(self, asked: list[str]) -> tuple[str, str, str]:
+        """What stands before the haystack, the question, and the start of the answer."""
         query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
         if len(asked) * self.values == 1:
             kind, some, verb, hidden = self.value_kind.removesuffix("s"), "A", "is", "is"
@@ -120,11 +121,9 @@ class Needles:
             f"{some} special magic {kind} {hidden} hidden within the following text. Make sure to "
             f"memorize it. I will quiz you about the {kind} afterwards.\n"
         )
-        after = (
-            f"\n{what} special magic {kind} for {query} mentioned in the provided text? "
-            f"The special magic {kind} for {query} mentioned in the provided text {verb}"
-        )
-        return before, after
+        after = f"\n{what} special magic {kind} for {query} mentioned in the provided text?"
+        start = f" The special magic {kind} for {query} mentioned in the provided text {verb}"
+        return before, after, start
 
     def _haystack(
         self,

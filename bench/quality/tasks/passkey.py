@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from bench.quality.tasks.case import (
     Case,
@@ -41,9 +42,12 @@ class Passkey:
             return before + planted([NOISE] * size, [needle], [depth], " ")
 
         size = largest(lambda size: len(tokenizer.encode(make(size))) <= tokens, tokens // 24)
-        question = "\nWhat is the pass key? The pass key is"
-        details = {"tokens": tokens, "seed": seed, "index": index, "depth": depth}
-        return Case(self.name, key, make(size), question, (secret,), self.max_tokens, details)
+        question, start = "\nWhat is the pass key?", " The pass key is"
+        details: dict[str, Any] = {"tokens": tokens, "seed": seed, "index": index, "depth": depth}
+        details["answer_start"] = start
+        return Case(
+            self.name, key, make(size), question + start, (secret,), self.max_tokens, details
+        )
 
     def score(self, prediction: str, case: Case) -> float:
         """1 if the number occurs."""
@@ -110,12 +114,13 @@ class Needle:
             return before + planted(first_words(text, size), [needle], [depth], " ")
 
         size = largest(lambda size: len(tokenizer.encode(make(size))) <= tokens, tokens // 2)
-        question = (
-            f"\nQuestion: What is the best thing to do in {city}?\n"
-            f"Answer: The best thing to do in {city} is"
+        question = f"\nQuestion: What is the best thing to do in {city}?"
+        start = f"\nAnswer: The best thing to do in {city} is"
+        details: dict[str, Any] = {"tokens": tokens, "seed": seed, "index": index, "depth": depth}
+        details["answer_start"] = start
+        return Case(
+            self.name, key, make(size), question + start, (answer,), self.max_tokens, details
         )
-        details = {"tokens": tokens, "seed": seed, "index": index, "depth": depth}
-        return Case(self.name, key, make(size), question, (answer,), self.max_tokens, details)
 
     def score(self, prediction: str, case: Case) -> float:
         """Share of the answer's different words that the first sentence has."""

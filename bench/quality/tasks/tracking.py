@@ -22,10 +22,13 @@ INTRODUCTION = (
 )
 
 
-def _question(value: str, names: int) -> str:
+def _question(value: str) -> str:
+    return f"\nQuestion: Find all variables that are assigned the value {value} in the text above."
+
+
+def _start(value: str, names: int) -> str:
     return (
-        f"\nQuestion: Find all variables that are assigned the value {value} in the text above. "
-        "Answer: According to the chain(s) of variable assignment in the text above, "
+        " Answer: According to the chain(s) of variable assignment in the text above, "
         f"{names} variables are assigned the value {value}, they are: "
     )
 
@@ -73,8 +76,8 @@ class VariableTracking:
         key = case_key(self.name, tokens, seed, index)
         random = case_random(key)
         names, value, lines = self._chain(random, 3)
-        example = INTRODUCTION + self._text(random, lines, 5) + _question(value, len(names))
-        example += " ".join(names) + "\n\n"
+        example = INTRODUCTION + self._text(random, lines, 5) + _question(value)
+        example += _start(value, len(names)) + " ".join(names) + "\n\n"
         names, value, lines = self._chain(random, 5)
         places = random.getrandbits(64)
 
@@ -82,6 +85,7 @@ class VariableTracking:
             return example + INTRODUCTION + self._text(Random(places), lines, size)
 
         size = largest(lambda size: len(tokenizer.encode(make(size))) <= tokens, tokens // 24)
-        details = {"tokens": tokens, "seed": seed, "index": index, "hops": self.hops}
-        question = _question(value, len(names))
+        start = _start(value, len(names))
+        question = _question(value) + start
+        details = {"tokens": tokens, "seed": seed, "index": index, "answer_start": start}
         return Case(self.name, key, make(size), question, tuple(names), self.max_tokens, details)
