@@ -163,6 +163,7 @@ def _plan(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
         tasks={name: protocols or plan.tasks.get(name, (STRICT,)) for name in tasks},
         lengths={"": arguments.lengths} if arguments.lengths else plan.lengths,
         count=arguments.count or plan.count,
+        language_count=arguments.count or plan.language_count,
         methods=arguments.methods,
         shares=shares,
         seed=arguments.seed,

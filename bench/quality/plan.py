@@ -83,6 +83,8 @@ class Plan:
         Context lengths in tokens by task; ``""`` holds for tasks that are not named.
     count : int
         Cases of each task and length.
+    language_count : int or None
+        Windows of each length, if not as many: each request of ``lm`` computes its whole text.
     methods : tuple of str
     shares : tuple of float
     seed : int
@@ -99,6 +101,7 @@ class Plan:
     tasks: Mapping[str, tuple[str, ...]]
     lengths: Mapping[str, tuple[int, ...]]
     count: int
+    language_count: int | None = None
     methods: tuple[str, ...] = ALL_METHODS
     shares: tuple[float, ...] = SHARES
     seed: int = 0
@@ -125,6 +128,10 @@ class Plan:
         ]
         return wanted
 
+    def count_of(self, task: str) -> int:
+        """Cases of a task, of each length."""
+        return (task == LANGUAGE and self.language_count) or self.count
+
     def lengths_of(self, task: str) -> tuple[int, ...]:
         """Context lengths of a task."""
         return self.lengths.get(task) or self.lengths[""]
@@ -138,7 +145,8 @@ SHORT = Plan(
         **{task: (STRICT,) for task in GENERATING if task not in ("passkey", "needle")},
     },
     lengths={"": (1500,)},
-    count=8,
+    count=6,
+    language_count=3,
 )
 """For ``make quality``."""
 
@@ -151,5 +159,6 @@ FULL_PLAN = replace(
         "needle": (1000, 2000, 4000, 7500),
     },
     count=20,
+    language_count=6,
 )
 """By default."""

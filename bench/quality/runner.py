@@ -110,7 +110,7 @@ def make_jobs(
         own = [
             _job(plan, task, case, tokenizer, info, methods, done)
             for tokens in plan.lengths_of(task.name)
-            for case in task.cases(plan.count, tokens, tokenizer, plan.seed)
+            for case in task.cases(plan.count_of(task.name), tokens, tokenizer, plan.seed)
         ]
         jobs += [job for job in _worth(own, plan, info, done) if job.variants]
     return jobs

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.quality.plan import LANGUAGE, LEAST_BASELINE
-from bench.quality.rows import FULL, Row, RowsError
+from bench.quality.plan import ALL_METHODS, GENERATING, LANGUAGE, LEAST_BASELINE
+from bench.quality.rows import FULL, OURS, Row, RowsError
 
 DRAWS = 2000
 """Bootstrap samples."""
@@ -81,14 +81,15 @@ class Results:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of all tasks, in the order of the rows."""
-        return list(self._rows)
+        """Names of all tasks: the known ones in their order, then the others."""
+        known = [name for name in (*GENERATING, LANGUAGE) if name in self._rows]
+        return known + sorted(set(self._rows) - set(known))
 
     @property
     def contenders(self) -> list[Contender]:
-        """All but the full cache, in the order of the rows."""
-        found = {name: None for task in self._rows.values() for name in task}
-        return [name for name in found if name.method != FULL]
+        """All but the full cache: ours before others, in the order of the methods' names."""
+        found = {name for task in self._rows.values() for name in task if name.method != FULL}
+        return sorted(found, key=_place)
 
     @property
     def shares(self) -> list[float]:
@@ -185,6 +186,12 @@ class Results:
             if row.kept is not None
         ]
         return float(np.mean(found)) if found else None
+
+
+def _place(name: Contender) -> tuple[object, ...]:
+    known = name.method in ALL_METHODS
+    place = ALL_METHODS.index(name.method) if known else len(ALL_METHODS)
+    return name.implementation != OURS, name.implementation, name.variant, place, name.method
 
 
 def perplexity(rows: Iterable[Row]) -> float | None:
