@@ -119,6 +119,9 @@ def test_markdown() -> None:
     assert "| knorm | 52.0 |  |" in text
     assert "| 1,000 | Full cache | 7.39 (40.0) | 7.39 (40.0) |" in text
     assert "| 1,000 | knorm | 12.18 (40.0) |  |" in text
+    assert "(+0.0; +0.0 to +0.0)" in markdown(
+        [row("a", name, 0.5 * (name != FULL), 0, 1) for name in (FULL, "knorm")]
+    )
     assert markdown([]) == "No rows.\n"
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") >= 3 for line in lines)

@@ -54,7 +54,7 @@ def _protocol(results: Results) -> list[str]:
     parts = []
     if counted and results.contenders:
         parts += [
-            f"Score in points of 100, mean over {len(counted)} tasks "
+            f"Score in points of 100, mean over {len(counted)} task{'s' * (len(counted) != 1)} "
             f"({', '.join(counted)}); in brackets how far that is from the full cache, and the "
             "95 % interval of this by bootstrap over the cases.\n",
             _means(results, counted),
@@ -88,8 +88,8 @@ def _means(results: Results, tasks: list[str]) -> str:
         for share in results.shares:
             found = results.estimate(tasks, name, share)
             cells.append(
-                f"{100 * found.mean:.1f} ({-100 * found.loss:+.1f}; "
-                f"{-100 * found.high:+.1f} to {-100 * found.low:+.1f})"
+                f"{_points(found.mean)} ({_change(-found.loss)}; "
+                f"{_change(-found.high)} to {_change(-found.low)})"
                 if found
                 else ""
             )
@@ -153,6 +153,10 @@ def _share_heads(results: Results) -> list[str]:
 
 def _points(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def _change(value: float) -> str:
+    return f"{round(100 * value, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
