@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,3 +312,44 @@ def test_arguments_that_cannot_be_used(
     monkeypatch.setattr("bench.quality.endpoint.RETRIES", 1)
     assert command.main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_own_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for all methods that drop tokens and one for each that merges, until nothing is left."""
+    harness = Harness(tmp_path / "rows")
+    started: list[list[str]] = []
+
+    @contextmanager
+    def serving(model: str | None, options: list[str], log: Path) -> Iterator[str]:
+        started.append(options)
+        log.touch()
+        yield "http://fake"
+
+    def endpoint(url: str, api_key: str | None) -> Endpoint:
+        method = started[-1][started[-1].index("--kvcompress-method") + 1]
+        names = ("knorm", "keydiff", "streaming", "random", *({method} & {"merge", "knorm+merge"}))
+        return Endpoint(url, api_key, FakeServer(harness.reply, names).transport)
+
+    monkeypatch.setattr(command, "serving", serving)
+    monkeypatch.setattr(command, "Endpoint", endpoint)
+    monkeypatch.setattr(command, "_tokenizer", lambda name: harness.tokenizer)
+    output = tmp_path / "own.jsonl"
+    arguments = ["--model", "some/model-1", "--tasks", "passkey", "--lengths", "300"]
+    arguments += ["--count", "1", "--shares", "0.5", "--output", str(output), "--no-report"]
+    arguments += ["--server-options", "--kvcompress-sink-tokens 0", "--variant", "no sinks"]
+    assert command.main(arguments) == 0
+    rows = list(read_rows([output]))
+    methods = ("knorm", "keydiff", "streaming", "random", "merge", "knorm+merge")
+    assert Counter(row.method for row in rows) == Counter(dict.fromkeys((FULL, *methods), 2))
+    assert {row.variant for row in rows} == {"no sinks"}
+    assert [options[options.index("--kvcompress-method") + 1] for options in started] == [
+        *("knorm", "merge", "knorm+merge")
+    ]
+    for options in started:
+        assert options[-2:] == ["--kvcompress-sink-tokens", "0"]
+    assert command.main(arguments) == 0
+    assert len(started) == 3 and list(read_rows([output])) == rows
+    assert "[1/1] passkey-300-0-0" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["own.jsonl"]
