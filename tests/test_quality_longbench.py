@@ -29,6 +29,7 @@ def test_qa_f1(prediction: str, answer: str, wanted: float) -> None:
 
 
 def test_rouge_l() -> None:
+    pytest.importorskip("rouge_score", reason="the extra quality is not installed")
     # Longest common subsequence "police the gunman" of 4 and 4 words: 3/4 and 3/4.
     assert metrics.rouge_l("police ended the gunman", "police killed the gunman") == 0.75
     # Sentences are matched apart: all 4 of 4 words, in the other order of sentences.
@@ -55,6 +56,7 @@ def test_count_and_retrieval() -> None:
 
 
 def test_code_similarity() -> None:
+    pytest.importorskip("rapidfuzz", reason="the extra quality is not installed")
     # Edits without substitution: 2 of 8 characters differ, so 1 - 2 / 8.
     assert metrics.code_similarity("\nabcd\nrest", "abce") == 0.75
     assert metrics.code_similarity("```python\n# note\nx = 1", "x = 1") == 1
