@@ -145,7 +145,7 @@ SHORT = Plan(
         **{task: (STRICT,) for task in GENERATING if task not in ("passkey", "needle")},
     },
     lengths={"": (1500,)},
-    count=6,
+    count=5,
     language_count=3,
 )
 """For ``make quality``."""
