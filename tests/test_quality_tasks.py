@@ -194,7 +194,8 @@ def test_scores_by_hand() -> None:
     assert match_part("none of these", ["first", "second"]) == 0
     assert match_all("fi\x00rst", ["first"]) == 0
     case = Case("needle", "k", "", "", ("eat a sandwich and sit",), 8)
-    assert Needle().score(" to sit and eat.\nEat a sandwich", case) == pytest.approx(3 / 5)
+    assert Needle().score(" to sit and eat.\nEat a sandwich", case) == pytest.approx(2 / 3)
+    assert Needle().score(" to be in the park and on a boat.", case) == 0
 
 
 def test_largest() -> None:

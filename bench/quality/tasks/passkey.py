@@ -83,14 +83,21 @@ PLACES = (
     "look at the stars from the bridge",
     "stroll through the rose garden",
 )
+FUNCTION_WORDS = frozenset(
+    (
+        *("a", "along", "and", "at", "before", "by", "from", "in", "of", "on", "the", "through"),
+        *("to", "under"),
+    )
+)
+"""Words of the answers that any sentence may have; they do not count."""
 
 
 @dataclass(frozen=True)
 class Needle:
     """Kamradt's needle in real text, with a city and a pastime of its own in every case.
 
-    The score is the share of the answer's words in the first sentence of the prediction, so
-    that no model has to judge.
+    The score is the share of the answer's content words in the first sentence of the
+    prediction, so that no model has to judge.
     """
 
     name: str = "needle"
@@ -123,8 +130,8 @@ class Needle:
         )
 
     def score(self, prediction: str, case: Case) -> float:
-        """Share of the answer's different words that the first sentence has."""
+        """Share of the answer's different content words that the first sentence has."""
         first = re.split(r"[.\n]", prediction.strip(), maxsplit=1)[0]
         said = set(re.findall(r"\w+", first.lower()))
-        wanted = set(re.findall(r"\w+", case.answers[0].lower()))
+        wanted = set(re.findall(r"\w+", case.answers[0].lower())) - FUNCTION_WORDS
         return len(wanted & said) / len(wanted)
