@@ -2,13 +2,15 @@
 # make serve   serve the bundled model at 127.0.0.1:8000; ARGS="..." adds options of serve.py
 # make test    run the tests; ARGS="..." adds options of pytest
 # make bench   measure stock against compressed, under 15 minutes; ARGS="..." adds options
+# make quality what the bundled model loses by compression, in under 20 minutes on two cores;
+#              ARGS="..." adds options of bench.quality
 # make lint    ruff and mypy
 # make format  let ruff format the code
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := setup
-.PHONY: setup serve test bench lint format
+.PHONY: setup serve test bench quality lint format
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,6 +64,9 @@ test: $(DONE)
 
 bench: $(DONE)
 	$(BIN)/python -m bench --short $(ARGS)
+
+quality: $(DONE)
+	$(BIN)/python -m bench.quality --short $(ARGS)
 
 lint: $(DONE)
 	$(BIN)/ruff check .

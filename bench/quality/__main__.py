@@ -1,0 +1,325 @@
+"""What a model loses by compression: ``python -m bench.quality``.
+
+    python -m bench.quality --short                    # under 20 minutes on two cores
+    python -m bench.quality --url http://HOST:8000     # any running server of ours
+    python -m bench.quality --model MODEL              # any model that vLLM can serve
+    python -m bench.quality report FILE... --stem DIR/NAME
+
+Without ``--url`` it starts ``serve.py`` itself, once for all methods that drop tokens and once
+for each that merges (a server has one of these). A run that was stopped goes on where it was:
+rows that ``--output`` already has are not asked again. See docs/quality.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo
+from bench.quality.longbench.files import longbench_tasks
+from bench.quality.plan import ALL_METHODS, FULL_PLAN, LANGUAGE, SHORT, Plan
+from bench.quality.report import write_report
+from bench.quality.rows import DURING, PROTOCOLS, STRICT, RowsError, read_rows
+from bench.quality.runner import Job, RowFile, Runner, make_jobs
+from bench.quality.server import ServerError, serving
+from bench.quality.tasks import TASKS, Task
+from bench.quality.tasks.case import TaskError, Tokenizer
+from bench.quality.tasks.texts import VARIABLE
+from vllm_kvcompress.bundled import MODEL_NAME, BundledModelError, model_directory
+from vllm_kvcompress.methods import MERGING
+
+RESULTS = Path(__file__).parents[1] / "results"
+OWN_OPTIONS = ("--kvcompress-finished-requests", "0")
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be used; the message is one sentence."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv : sequence of str or None
+        Arguments without the program's name.
+
+    Returns
+    -------
+    int
+        Exit code: 2 for what cannot be done.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["report"]:
+            return _report(arguments[1:])
+        return _run(_run_parser().parse_args(arguments))
+    except* (
+        UsageError,
+        EndpointError,
+        ServerError,
+        TaskError,
+        RowsError,
+        BundledModelError,
+    ) as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        print(f"quality: {first}", file=sys.stderr)
+    except* KeyboardInterrupt:
+        print("quality: stopped; the same command goes on from here.", file=sys.stderr)
+    return 2
+
+
+def _run_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--short", action="store_true", help="the short version: one length, fewer cases")
+    add("--url", help="a running server; by default one is started")
+    add("--api-key", help="of that server (default: VLLM_API_KEY or OPENAI_API_KEY)")
+    add("--model", help="name at --url, or what to serve (default: the bundled model)")
+    add("--tokenizer", help="directory or hub name (default: what the server loaded)")
+    add("--dtype", default="bfloat16", help="of a server started here (default: %(default)s)")
+    add("--server-options", default="", metavar="'...'", help="more options of serve.py")
+    add("--variant", default="", help="name of such settings in the results")
+    add("--tasks", type=_names, help=f"of {', '.join(TASKS)} (default: all)")
+    add("--longbench", type=Path, metavar="DIR", help="LongBench's JSONL files, instead of --tasks")
+    add("--datasets", type=_names, default=(), help="of these files (default: all)")
+    add("--methods", type=_names, default=ALL_METHODS, help=f"of {', '.join(ALL_METHODS)}")
+    add("--shares", type=_floats, help="removed (default: 0.25,0.5,0.75,0.9)")
+    add("--protocols", type=_names, help=f"of {', '.join(PROTOCOLS)}")
+    add("--lengths", type=_integers, help="context lengths in tokens, for all tasks")
+    add("--count", type=int, help="cases of each task and length")
+    add("--chat", action="store_true", help="ask in the model's chat template")
+    add("--ask-failing", action="store_true", help="measure compression also on tasks that fail "
+        "with the full cache")  # fmt: skip
+    add("--seed", type=int, default=0)
+    add("--prune-after", type=int, default=1024, help=f"of {DURING} (default: %(default)s tokens)")
+    add("--texts", metavar="FILE:FILE", help="text files instead of Debian's packages")
+    add("--concurrency", type=int, default=8, help="requests at a time (default: %(default)s)")
+    add("--output", type=Path, help="result rows (default: bench/results/quality-MODEL.jsonl)")
+    add("--no-report", action="store_true", help="leave the table and the plots for later")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in _names(text))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in _names(text))
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality report",
+        description="Make the table and the plots of any number of result files.",
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--stem", type=Path, help="directory and start of the names of what it "
+                        "writes (default: that of the first file)")  # fmt: skip
+    found = parser.parse_args(arguments)
+    for file in found.files:
+        if not file.is_file():
+            raise UsageError(f"{file} is not a file.")
+    rows = list(read_rows(found.files))
+    for path in write_report(rows, found.stem or found.files[0].with_suffix("")):
+        print(path)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
+    plan = SHORT if arguments.short else FULL_PLAN
+    protocols = arguments.protocols
+    for name in protocols or ():
+        if name not in PROTOCOLS:
+            raise UsageError(f"{name} is no protocol; allowed are {', '.join(PROTOCOLS)}.")
+    if DURING in (protocols or ()) and set(tasks) != {LANGUAGE}:
+        raise UsageError(f"{DURING} is for --tasks {LANGUAGE} only.")
+    for name in arguments.methods:
+        if name not in ALL_METHODS:
+            raise UsageError(f"{name} is no method; allowed are {', '.join(ALL_METHODS)}.")
+    shares = arguments.shares or plan.shares
+    if not all(0 < share < 1 for share in shares):
+        raise UsageError("--shares are shares removed: numbers between 0 and 1.")
+    if (arguments.count is not None and arguments.count < 1) or arguments.concurrency < 1:
+        raise UsageError("--count and --concurrency must be at least 1.")
+    return replace(
+        plan,
+        tasks={name: protocols or plan.tasks.get(name, (STRICT,)) for name in tasks},
+        lengths={"": arguments.lengths} if arguments.lengths else plan.lengths,
+        count=arguments.count or plan.count,
+        language_count=arguments.count or plan.language_count,
+        methods=arguments.methods,
+        shares=shares,
+        seed=arguments.seed,
+        prune_after=arguments.prune_after,
+        variant=arguments.variant,
+        chat=arguments.chat,
+        ask_failing=arguments.ask_failing,
+    )
+
+
+def _tasks(arguments: argparse.Namespace) -> dict[str, Task]:
+    if arguments.longbench:
+        return dict(longbench_tasks(arguments.longbench, arguments.datasets))
+    for name in arguments.tasks or ():
+        if name not in TASKS:
+            raise UsageError(f"{name} is no task; there are {', '.join(TASKS)}.")
+    return {name: TASKS[name] for name in arguments.tasks or TASKS}
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.texts:
+        os.environ[VARIABLE] = arguments.texts
+    tasks = _tasks(arguments)
+    plan = _plan(arguments, tasks)
+    output = arguments.output
+    if arguments.url:
+        output = asyncio.run(_ask(arguments, plan, tasks, arguments.url, plan.methods, output))
+    else:
+        model = arguments.model or str(model_directory())
+        name = Path(model).name if arguments.model else MODEL_NAME
+        output = output or RESULTS / f"quality-{name}.jsonl"
+        tokenizer = _tokenizer(arguments.tokenizer or model)
+        for method, methods in _servers(plan.methods):
+            info = ServerInfo(name, model, None, tuple(methods), {})
+            if _jobs(plan, tasks, tokenizer, info, methods, output):
+                _ask_own(arguments, plan, tasks, method, methods, output)
+    if not arguments.no_report:
+        for path in write_report(list(read_rows([output])), output.with_suffix("")):
+            print(path)
+    return 0
+
+
+def _servers(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Methods of servers to start, each with what it is asked for."""
+    merging = [name for name in methods if name in MERGING]
+    dropping = [name for name in methods if name not in MERGING]
+    found = [(dropping[0], dropping)] if dropping or not merging else []
+    return found + [(name, [name]) for name in merging]
+
+
+def _ask_own(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    tasks: dict[str, Task],
+    method: str,
+    methods: Sequence[str],
+    output: Path,
+) -> None:
+    """Start a server and ask it."""
+    options = ["--dtype", arguments.dtype, "--enforce-eager", "--kvcompress-method", method]
+    if any(DURING in protocols for protocols in plan.tasks.values()):
+        options += ["--kvcompress-phase", DURING]
+    # Accounts of finished requests are not kept: they come with the answers.
+    options += [*OWN_OPTIONS, *shlex.split(arguments.server_options)]
+    log = output.with_suffix(f".{method.replace('+', '-')}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"starting serve.py {shlex.join(options)} (log: {log})", file=sys.stderr)
+    with ExitStack() as stack:
+        url = stack.enter_context(serving(arguments.model, options, log))
+        asyncio.run(_ask(arguments, plan, tasks, url, methods, output))
+    log.unlink()
+
+
+def _jobs(
+    plan: Plan,
+    tasks: dict[str, Task],
+    tokenizer: Tokenizer,
+    info: ServerInfo,
+    methods: Sequence[str],
+    output: Path,
+) -> list[Job]:
+    """What is left to ask a server that does not run yet."""
+    done = RowFile(output)
+    done.close()
+    return make_jobs(plan, list(tasks.values()), tokenizer, info, methods, done)
+
+
+async def _ask(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    tasks: dict[str, Task],
+    url: str,
+    methods: Sequence[str],
+    output: Path | None,
+) -> Path:
+    async with Endpoint(url, arguments.api_key) as endpoint:
+        info = await endpoint.info(arguments.model if arguments.url else None)
+        methods = _possible(plan, info, methods, url)
+        output = output or RESULTS / f"quality-{info.label}.jsonl"
+        done = RowFile(output)
+        try:
+            tokenizer = _tokenizer(arguments.tokenizer or info.root)
+            jobs = make_jobs(plan, list(tasks.values()), tokenizer, info, methods, done)
+            runner = Runner(plan, endpoint, info, done, arguments.concurrency)
+            await runner.run(jobs, _Progress())
+        finally:
+            done.close()
+    return output
+
+
+def _possible(plan: Plan, info: ServerInfo, methods: Sequence[str], url: str) -> list[str]:
+    """What a server can be asked for; what it cannot is said, and left out."""
+    phase = info.settings.get("phase")
+    during = any(DURING in protocols for protocols in plan.tasks.values())
+    if info.methods and ((phase == DURING) != during or phase == "decode"):
+        wanted = DURING if during else "after_prefill"
+        raise UsageError(
+            f"{url} compresses with phase={phase}, and these protocols need phase={wanted}."
+        )
+    found = [name for name in methods if name in info.methods]
+    if len(found) < len(methods):
+        left = ", ".join(name for name in methods if name not in found)
+        print(f"{url} cannot be asked for {left}; left out.", file=sys.stderr)
+    return found
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the tokenizer of {name} cannot be loaded here; name its directory with --tokenizer "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+    return tokenizer
+
+
+class _Progress:
+    """Prints one line a case with the time that is left."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self, done: int, of: int, what: str) -> None:
+        passed = time.monotonic() - self.start
+        left = passed / done * (of - done)
+        print(
+            f"[{done}/{of}] {what}; {passed / 60:.1f} min, about {left / 60:.1f} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    # A server started here ends with the command, also when that is ended by kill.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
