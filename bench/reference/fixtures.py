@@ -65,7 +65,7 @@ def of_random_keys() -> dict[str, np.ndarray]:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, HEADS, TOKENS, HEAD_DIM, generator=generator) + 0.5
     keys *= torch.rand(1, HEADS, TOKENS, 1, generator=generator) + 0.5
-    layer = (SimpleNamespace(head_dim=HEAD_DIM), None, keys, None, None, {})
+    layer: tuple[Any, ...] = (SimpleNamespace(head_dim=HEAD_DIM), None, keys, None, None, {})
     found = {"keys": keys[0].numpy()}
     for name in PRESSES:
         press = make_press(name, TOKENS, 1)
@@ -127,9 +127,11 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.directory / "random.npz", **of_random_keys())
+    np.savez_compressed(args.directory / "random.npz", allow_pickle=False, **of_random_keys())
     model, tokenizer = load(args.model)
-    np.savez_compressed(args.directory / "model.npz", **of_model(model, tokenizer))
+    np.savez_compressed(
+        args.directory / "model.npz", allow_pickle=False, **of_model(model, tokenizer)
+    )
     answers = json.dumps(of_answers(model, tokenizer), separators=(",", ":"))
     (args.directory / "answers.json").write_text(answers + "\n", encoding="utf-8")
 
