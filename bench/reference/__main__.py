@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = subprocess.run([python, "-m", "bench.reference.run", *files, *others], cwd=ROOT)
     if run.returncode:
         return run.returncode
+    answers.with_suffix(".about.json").replace(output.with_suffix(".about.json"))
     return write_scores(lines, answers, output)
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from bench.reference.about import about
 from bench.reference.decode import greedy, likelihood
 from bench.reference.files import open_at_end, read_lines
 from bench.reference.model import load
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--presses", default=",".join(PRESSES), help="default: %(default)s")
     add("--shares", default="0.25,0.5,0.75,0.9", help="removed (default: %(default)s)")
     add("--protocols", default=f"{STRICT},{AFTER_PROMPT}", help="default: %(default)s")
-    add("--block-size", type=int, default=16, help="of our server (default: %(default)s)")
+    add("--block-size", type=int, default=32, help="of our server (default: %(default)s)")
     add("--dtype", default="float32", help="of the model (default: %(default)s)")
     add("--seed", type=int, default=0, help="of presses that draw random numbers")
     add("--minutes", type=float, default=float("inf"), help="stop before a case after so long")
@@ -166,6 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     cases = read_lines(args.cases)
     done = {Target(*(row[name] for name in Target._fields)): row for row in read_lines(args.output)}
+    settings = {"dtype": args.dtype, "block_size": args.block_size, "seed": args.seed}
+    note = args.output.with_suffix(".about.json")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(about() | settings, indent=1) + "\n", encoding="utf-8")
     model, tokenizer = load(args.model, args.dtype)
     end = time.monotonic() + 60 * args.minutes
     with open_at_end(args.output) as file:
