@@ -1,5 +1,7 @@
-"""Checks the shortcuts of this package against kvpress itself: one prefill for all presses, and
-decoding in batches. Runs inside the environment of ``make reference``; a few minutes.
+"""Checks the shortcuts of this package against kvpress itself. A minute or two.
+
+One prefill for all presses, scores for all shares, and decoding in batches; inside the
+environment of ``make reference``:
 
     .venv-reference/bin/python -m bench.reference.check --model DIR
 """

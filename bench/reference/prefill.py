@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from kvpress import BasePress
+from kvpress import BasePress, ScorerPress, StreamingLLMPress
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -60,11 +60,14 @@ class Prefill:
     layers : list of Seen
     hidden : torch.Tensor
         ``[1, 1, hidden_size]``: of the last token, after the last layer.
+    scores : dict
+        By press, of every layer; filled as presses are asked for.
     """
 
     model: PreTrainedModel
     layers: list[Seen]
     hidden: torch.Tensor
+    scores: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -87,15 +90,22 @@ class Prefill:
         return [(layer.keys, layer.values) for layer in self.layers]
 
     @torch.no_grad()
-    def compressed(self, press: BasePress, seed: int = 0) -> list[KeysValues]:
+    def compressed(self, press: ScorerPress, seed: int = 0) -> list[KeysValues]:
         """What a press leaves of the keys and values of all layers.
+
+        Scores that do not depend on the share are computed once.
 
         Parameters
         ----------
-        press : BasePress
+        press : ScorerPress
         seed : int
             Of torch, for presses that draw random numbers: the prefill itself draws none.
         """
-        torch.manual_seed(seed)
+        name = type(press).__name__
         press.post_init_from_model(self.model)
+        if name not in self.scores or isinstance(press, StreamingLLMPress):
+            torch.manual_seed(seed)
+            self.scores[name] = [press.score(*layer) for layer in self.layers]
+        scores = iter(self.scores[name])
+        press.score = lambda *_: next(scores)
         return [press.compress(*layer) for layer in self.layers]

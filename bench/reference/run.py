@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--shares", default="0.25,0.5,0.75,0.9", help="removed (default: %(default)s)")
     add("--protocols", default=f"{STRICT},{AFTER_PROMPT}", help="default: %(default)s")
     add("--block-size", type=int, default=32, help="of our server (default: %(default)s)")
-    add("--dtype", default="float32", help="of the model (default: %(default)s)")
+    add("--dtype", default="bfloat16", help="as our evaluation (default: %(default)s)")
     add("--seed", type=int, default=0, help="of presses that draw random numbers")
     add("--minutes", type=float, default=float("inf"), help="stop before a case after so long")
     args = parser.parse_args(argv)
