@@ -7,12 +7,15 @@ answer ends at the first end-of-sequence token (the pipeline looks for it from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench.reference.prefill import KeysValues
 
@@ -24,7 +27,7 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(*caches[0])
         self._whole = [
-            torch.cat([torch.nn.functional.pad(rows, (0, 0, 0, room)) for rows in part])
+            torch.cat([F.pad(rows, (0, 0, 0, room)) for rows in part])
             for part in zip(*caches, strict=True)
         ]
         self._show(caches[0][0].shape[2])
@@ -44,12 +47,43 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+@contextmanager
+def folded_attention() -> Iterator[None]:
+    """Single queries of one KV head as the rows of one matrix: the same sums, read once.
+
+    On CPU in bfloat16 it is several times faster than transformers' own way.
+    """
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **more: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        rows, heads, queries, dim = query.shape
+        if queries > 1 or mask is not None:
+            return plain(module, query, key, value, mask, **more)
+        grouped = query.view(rows, key.shape[1], -1, dim)
+        found = F.scaled_dot_product_attention(grouped, key, value, scale=more["scaling"])
+        return found.reshape(rows, 1, heads, dim), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+
+
 def batch_of(caches: Sequence[Sequence[KeysValues]], room: int) -> Cache:
     """Caches of equal length as the rows of one, with room for more tokens."""
     return Cache(layers=[RoomyLayer(layer, room) for layer in zip(*caches, strict=True)])
 
 
 @torch.no_grad()
+@folded_attention()
 def greedy(
     model: PreTrainedModel,
     caches: Sequence[Sequence[KeysValues]],
@@ -128,4 +162,4 @@ def likelihood(
     )
     logits, wanted = output.logits[0].float(), torch.tensor(list(text[1:]))
     chosen = (logits.argmax(-1) == wanted).double().mean()
-    return float(chosen), float(torch.nn.functional.cross_entropy(logits, wanted))
+    return float(chosen), float(F.cross_entropy(logits, wanted))
