@@ -80,7 +80,6 @@ reference: export MALLOC_TOP_PAD_ ?= 67108864
 reference: $(DONE) $(REFERENCE_DONE)
 	$(BIN)/python -m bench.reference $(ARGS)
 
-
 serve: $(DONE)
 	$(BIN)/python serve.py $(ARGS)
 

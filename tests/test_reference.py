@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from bench.quality.plan import SHORT
 from bench.quality.rows import read_rows
+from bench.reference.__main__ import failing_tasks
 from bench.reference.cases import case_lines, scored
 from bench.reference.files import open_at_end, read_lines, write_lines
 from bench.reference.shares import kept_tokens
@@ -59,7 +60,7 @@ class Words:
 
 
 def test_cases_come_in_turn_and_answers_are_scored(tmp_path):
-    plan = replace(SHORT, count=2, lengths={"": (100,)})
+    plan = replace(SHORT, count=2, language_count=2, lengths={"": (100,)})
     lines = list(case_lines(plan, ["passkey", "niah_single_1"], Words()))
     assert [line["task"] for line in lines] == ["passkey", "niah_single_1"] * 2
     assert lines[0]["protocols"] == ["strict", "after_prompt"]
@@ -82,6 +83,8 @@ def test_cases_come_in_turn_and_answers_are_scored(tmp_path):
     assert (right.score, wrong.score) == (1.0, 0.0)
     (tmp_path / "rows.jsonl").write_text(right.line() + "\n")
     assert list(read_rows([tmp_path / "rows.jsonl"])) == [right]
+    assert failing_tasks([replace(wrong, method="full", score=0.1), right]) == {"passkey"}
+    assert failing_tasks([replace(wrong, method="full"), replace(right, method="full")]) == set()
     with pytest.raises(ValueError, match="another prompt"):
         scored({**same, "prompt": "0", "prediction": ""}, lines[0])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from bench.quality.plan import LANGUAGE, Plan
@@ -32,13 +33,13 @@ def case_lines(plan: Plan, tasks: Sequence[str], tokenizer: Tokenizer) -> Iterat
         ``protocols``, ``tokens`` and ``depth``.
     """
     made = [
-        TASKS[task].cases(plan.count, tokens, tokenizer, plan.seed)
+        TASKS[task].cases(plan.count_of(task), tokens, tokenizer, plan.seed)
         for task in tasks
         for tokens in plan.lengths_of(task)
     ]
-    for cases in zip(*made, strict=True):
-        for case in cases:
-            prompt = prompt_ids(case, tokenizer)
+    for cases in zip_longest(*made):
+        for case in filter(None, cases):
+            prompt = prompt_ids(case, tokenizer, plan.chat and case.task != LANGUAGE)
             yield {
                 **asdict(case),
                 "context_ids": prompt.context,

@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--model", type=Path, required=True, help="directory of the model")
+    add("--name", help="of the model in the rows (default: its directory's)")
     add("--cases", type=Path, required=True)
     add("--output", type=Path, required=True)
     add("--presses", default=",".join(PRESSES), help="default: %(default)s")
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 question = Question(model, case, protocol, args.block_size, args.seed)
                 same = {name: case[name] for name in ("task", "key", "prompt", "tokens", "depth")}
-                same |= {"model": args.model.name, "implementation": "kvpress"}
+                same |= {"model": args.name or args.model.name, "implementation": "kvpress"}
                 for row in rows(question, left, tokenizer):
                     file.write(json.dumps({**same, "protocol": protocol, **row}) + "\n")
                 file.flush()
