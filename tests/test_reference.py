@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from bench.quality.plan import SHORT
 from bench.quality.rows import read_rows
 from bench.reference.__main__ import failing_tasks
-from bench.reference.cases import case_lines, scored
+from bench.reference.cases import case_lines, scored, unscored
 from bench.reference.files import open_at_end, read_lines, write_lines
 from bench.reference.shares import kept_tokens
 from vllm_kvcompress.bands import Limits
@@ -83,6 +83,7 @@ def test_cases_come_in_turn_and_answers_are_scored(tmp_path):
     assert (right.score, wrong.score) == (1.0, 0.0)
     (tmp_path / "rows.jsonl").write_text(right.line() + "\n")
     assert list(read_rows([tmp_path / "rows.jsonl"])) == [right]
+    assert scored(unscored(json.loads(right.line())), lines[0]) == right
     assert failing_tasks([replace(wrong, method="full", score=0.1), right]) == {"passkey"}
     assert failing_tasks([replace(wrong, method="full"), replace(right, method="full")]) == set()
     with pytest.raises(ValueError, match="another prompt"):

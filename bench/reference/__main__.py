@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from bench.quality.plan import LANGUAGE, LEAST_BASELINE, SHORT
 from bench.quality.rows import FULL, Row
-from bench.reference.cases import case_lines, scored
+from bench.reference.cases import case_lines, scored, unscored
 from bench.reference.files import read_lines, write_lines
 from vllm_kvcompress.bundled import MODEL_NAME, BundledModelError, model_directory
 
@@ -107,6 +107,8 @@ def ask(lines: Sequence[dict[str, Any]], output: Path, options: Sequence[str]) -
     """
     cases, answers = output.with_suffix(".cases.jsonl"), output.with_suffix(".answers.jsonl")
     write_lines(cases, lines)
+    if output.is_file() and not answers.is_file():
+        write_lines(answers, map(unscored, read_lines(output)))
     python = str(ENVIRONMENT / "bin" / "python")
     files = ["--cases", str(cases.resolve()), "--output", str(answers.resolve())]
     subprocess.run([python, "-m", "bench.reference.run", *options, *files], cwd=ROOT, check=True)

@@ -78,3 +78,11 @@ def scored(raw: Mapping[str, Any], line: Mapping[str, Any]) -> Row:
         return Row(**raw)
     case = Case(**{name: line[name] for name in Case.__dataclass_fields__})
     return Row(**raw, score=TASKS[case.task].score(raw["prediction"], case))
+
+
+def unscored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as ``bench.reference.run`` wrote it, to go on from a file of scored rows."""
+    kept = dict(row)
+    if row["task"] != LANGUAGE:
+        del kept["score"]
+    return kept
