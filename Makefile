@@ -4,13 +4,15 @@
 # make bench   measure stock against compressed, under 15 minutes; ARGS="..." adds options
 # make quality what the bundled model loses by compression, in under 20 minutes on two cores;
 #              ARGS="..." adds options of bench.quality
+# make reference  the same of kvpress's methods, in an environment of its own, .venv-reference;
+#              ARGS="..." adds options of bench.reference
 # make lint    ruff and mypy
 # make format  let ruff format the code
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := setup
-.PHONY: setup serve test bench quality lint format
+.PHONY: setup serve test bench quality reference lint format
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,20 +26,33 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	echo $$p; break; fi; done)
 
-# Only a finished set-up has DONE. While one is running, and after it failed or was
-# interrupted, there is STARTED, and the next one begins anew: packages may be half written.
+# Only a finished set-up has .setup-done. While one is running, and after it failed or was
+# interrupted, there is .setup-started, and the next one begins anew: packages may be half written.
 DONE := $(VENV)/.setup-done
-STARTED := $(VENV)/.setup-started
+
+define start_environment # directory
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=..." >&2; exit 1; }
+	@if [ -e $(1)/.setup-started ] || ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+		rm -rf $(1); mkdir $(1); touch $(1)/.setup-started; \
+		$(PYTHON) -m venv $(1); \
+	fi
+	@touch $(1)/.setup-started; rm -f $(1)/.setup-done
+endef
+
+define finish_environment # directory
+	@rm $(1)/.setup-started
+	@touch $(1)/.setup-done
+endef
+
+define check_torch # directory
+case "$$($(1)/bin/python -m pip show torch)" in *"Version: "*+cpu*) ;; *) \
+			echo "pip found torch, but not its CPU build: see the README." >&2; exit 1;; esac
+endef
 
 setup: $(DONE)
 
 $(DONE): $(LOCK) pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=..." >&2; exit 1; }
-	@if [ -e $(STARTED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
-		rm -rf $(VENV); mkdir $(VENV); touch $(STARTED); \
-		$(PYTHON) -m venv $(VENV); \
-	fi
-	@touch $(STARTED); rm -f $(DONE)
+	$(call start_environment,$(VENV))
 	@if nvidia-smi >/dev/null 2>&1; then \
 		echo "NVIDIA GPU found: installing the cuda extra"; \
 		$(BIN)/python -m pip install -e ".[cuda,bundled,dev]"; \
@@ -46,11 +61,27 @@ $(DONE): $(LOCK) pyproject.toml
 		$(BIN)/python -m pip install --no-deps -r $(LOCK); \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 		$(BIN)/python -m pip install --no-deps --no-build-isolation -e .; \
-		case "$$($(BIN)/python -m pip show torch)" in *"Version: "*+cpu*) ;; *) \
-			echo "pip found torch, but not its CPU build: see the README." >&2; exit 1;; esac; \
+		$(call check_torch,$(VENV)); \
 	fi
-	@rm $(STARTED)
-	@touch $(DONE)
+	$(call finish_environment,$(VENV))
+
+# kvpress and its own versions of everything, beside ours.
+REFERENCE := .venv-reference
+REFERENCE_LOCK := bench/reference/requirements.lock
+REFERENCE_DONE := $(REFERENCE)/.setup-done
+
+$(REFERENCE_DONE): $(REFERENCE_LOCK)
+	$(call start_environment,$(REFERENCE))
+	$(REFERENCE)/bin/python -m pip install --no-deps -r $(REFERENCE_LOCK)
+	@$(call check_torch,$(REFERENCE))
+	$(call finish_environment,$(REFERENCE))
+
+# See "test" below for these.
+reference: export MALLOC_MMAP_MAX_ ?= 0
+reference: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+reference: export MALLOC_TOP_PAD_ ?= 67108864
+reference: $(DONE) $(REFERENCE_DONE)
+	$(BIN)/python -m bench.reference $(ARGS)
 
 serve: $(DONE)
 	$(BIN)/python serve.py $(ARGS)
