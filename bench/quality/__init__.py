@@ -1,0 +1,1 @@
+"""What compression costs in quality: tasks, a runner against an OpenAI endpoint, a report."""
