@@ -63,8 +63,9 @@ rotated keys, highest first, older first where equal:
 * ``keydiff``: minus the cosine between the key and the mean of the L2-normalised keys of all
   candidates (sinks included);
 * ``streaming``: the order of age, the newest highest;
-* ``random``: ``torch.rand(kv_heads, e * bs)`` of the CPU generator seeded with
-  ``(seed * 1_000_003 + layer) * 1_000_003 + t``.
+* ``random``: the hash ``f(i * 0x9E3779B9 ^ key)`` of the candidate ``i``, in 32 bits, without
+  its last 8. ``f`` is the finalizer of MurmurHash3. A head's key comes from the words ``seed``,
+  ``seed >> 32``, ``layer``, ``t`` and ``head``: from 0 on, ``key = f(key + 0x9E3779B9 + word)``.
 
 Near ties are decided by rounding noise, and the plugin rounds the scores of ``knorm`` and
 ``keydiff`` to 12 bits so that age decides them; the oracle does not. (They are not rare:
@@ -342,9 +343,22 @@ def candidate_scores(
     if settings.method == "streaming":
         return torch.arange(count).float().repeat(heads, 1)
     if settings.method == "random":
-        seed = (settings.seed * 1_000_003 + layer) * 1_000_003 + position
-        return torch.rand(heads, count, generator=torch.Generator().manual_seed(seed))
+        rows = []
+        for head in range(heads):
+            key = np.zeros(1, np.uint32)
+            for word in (settings.seed, settings.seed >> 32, layer, position, head):
+                key = murmur_finalizer(key + np.uint32((0x9E3779B9 + word) & 0xFFFFFFFF))
+            tokens = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
+            rows.append(murmur_finalizer(tokens ^ key) >> np.uint32(8))
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
     raise ValueError(f"the oracle does not know the method {settings.method!r}")
+
+
+def murmur_finalizer(words: np.ndarray) -> np.ndarray:
+    """MurmurHash3's last step, of uint32."""
+    words = (words ^ (words >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    words = (words ^ (words >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return words ^ (words >> np.uint32(16))
 
 
 def best_candidates(scores: torch.Tensor, keep: int) -> torch.Tensor:

@@ -6,17 +6,34 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numba
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress.levels import Round, plan_merges
-from vllm_kvcompress.methods import POOLINGS, select_tokens
+from vllm_kvcompress.methods import METHODS, POOLINGS, Method, ScoreContext, select_tokens
+from vllm_kvcompress.methods.knorm import KNorm
 from vllm_kvcompress.methods.pooling import Rotation
+from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
+from vllm_kvcompress.worker.compactor import Compactor
 from vllm_kvcompress.worker.cpu.band import CompiledBandPages
+from vllm_kvcompress.worker.cpu.intrinsics import address_of
+from vllm_kvcompress.worker.cpu.numbers import SCALES, TAGS
+from vllm_kvcompress.worker.cpu.vectors import (
+    WIDTH,
+    load,
+    multiply,
+    sine_and_cosine,
+    splat,
+    store,
+    store_mean,
+)
 from vllm_kvcompress.worker.layout import FP8_DTYPES
+from vllm_kvcompress.worker.merger import Merger
 from vllm_kvcompress.worker.pages import LayerPages, TokenMajor, TokenMinor
 from vllm_kvcompress.worker.setup import band_pages
 
@@ -28,6 +45,7 @@ TYPES = {
     "fp8_e4m3": (torch.uint8, "fp8"),
     "fp8_e5m2": (torch.uint8, "fp8_e5m2"),
 }
+OTHERS = ("bfloat16", "float16", "fp8_e5m2")
 ROTATIONS = {
     "plain": None,
     "neox": Rotation(1000.0 ** (-torch.arange(0, DIM, 2) / DIM)),
@@ -183,6 +201,51 @@ def test_moves(case: Case, sources: list[int], destinations: list[int]) -> None:
     assert changed.equal(expected.expand(LAYERS, -1))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("destinations", [[4, 7], [9, 4], [3, 10]])
+def test_evicts(case: Case, method: str, destinations: list[int]) -> None:
+    sources, sinks, keep = [4, 7, 1, 9], 5, 2 * case.size
+    blocks = torch.tensor(sources)
+    ranking = METHODS[method](seed=3)
+
+    def context(layer: int) -> ScoreContext:
+        return ScoreContext(layer, 512, 1, HEADS + 1)
+
+    scores = case.torch.score(ranking, context, blocks)
+    scores[:, :sinks] = torch.inf
+    kept = case.compiled.evict(ranking, context, sources, destinations, sinks, kept_wanted=True)
+    assert kept is not None
+    assert kept.shape == (LAYERS * HEADS, keep)
+    assert (kept.diff() > 0).all()
+    assert kept[:, :sinks].equal(torch.arange(sinks).expand(LAYERS * HEADS, -1))
+    best = select_tokens(scores, keep, sinks)
+    if method in ("streaming", "random"):
+        assert kept.equal(best)
+    else:
+        # Sums in another order may end one step of rounding away.
+        step = 1 / 4096 if method == "keydiff" else 2.0**-12 * scores.abs()
+        lowest = scores.gather(1, best).amin(1, keepdim=True)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, kept, True)
+        assert (chosen | (scores <= lowest + 1.01 * step)).all()
+        assert (~chosen | (scores >= lowest - 1.01 * step)).all()
+    case.torch.move(blocks, kept, torch.tensor(destinations))
+    case.assert_same_bytes()
+
+
+class Firsts(Method):
+    """A method that kernels do not know."""
+
+    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+        return keys[..., 0]
+
+
+def test_evicts_by_scores_of_others(case: Case) -> None:
+    arguments = Firsts(), lambda layer: ScoreContext(layer, 7), [2, 9, 4], [5], 3, True
+    mine, reference = case.both(lambda pages: pages.evict(*arguments))
+    assert mine.equal(reference)
+    case.assert_same_bytes()
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     st.integers(1, 5),
@@ -253,6 +316,72 @@ def test_merges(
     )
 
 
+@pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS)
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
+@pytest.mark.parametrize("destinations", [[4, 7, 1, 2], [0, 9, 4, 10]])
+@pytest.mark.parametrize(
+    "type_name",
+    # Others differ in reading and writing numbers only, and each takes its time to compile.
+    ["float32", "fp8_e4m3", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)],
+)
+def test_merges_what_ranking_leaves(
+    type_name: str, pooling: Any, rotation: Rotation | None, destinations: list[int]
+) -> None:
+    case = Case(type_name, LAYOUTS["cpu"])
+    rotation = rotation if pooling.needs_rotation else None
+    # Two of seven blocks merge whole, one is kept of the others: six merge into three.
+    merges = plan_merges([6], 3)
+    plan = CompactionPlan(
+        request_id="",
+        group=0,
+        position=900,
+        sources=[4, 7, 1, 9, 5, 6, 8],
+        destinations=destinations,
+        row_start=0,
+        row_ids=[],
+        holes=0,
+        removed=3,
+        method="knorm+merge",
+        sinks=3,
+        pooled=2,
+        rounds=merges.rounds,
+        outputs=merges.order,
+        exact=3,
+        end=900,
+    )
+    centres = torch.rand(LAYERS, BLOCKS, HEADS, case.size).cumsum(-1) * 30
+    written, chosen = [], []
+    for pages in (case.compiled, case.torch):
+        assert pages.merges_ranked(KNorm(), pooling()) == (
+            pages is case.compiled and pooling is not POOLINGS["best"]
+        )
+        own = None if rotation is None else dict(enumerate(centres.clone()))
+        merger = Merger(pooling(), rotation, own)
+        compactor = Compactor({0: pages}, {"knorm": KNorm()}, merger, 0, HEADS)
+        kept: list[torch.Tensor] = []
+        compactor.on_kept = lambda plan, layer, tokens, kept=kept: kept.append(tokens)
+        compactor.run([plan])
+        chosen.append(torch.cat(kept))
+        written.append(own)
+    assert chosen[0].equal(chosen[1])
+    if rotation is not None:
+        for mine, reference in zip(written[0].values(), written[1].values(), strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-6, atol=0)
+    mine, reference = (
+        torch.stack([pages.as_float(read) for read in reads(pages, destinations)])
+        for pages in (case.compiled, case.torch)
+    )
+    step = torch.finfo(case.torch.layers[0].element)
+    tolerance = 1e-5 if type_name == "float32" else 1.01 * step.eps
+    scale = reference.abs().amax(-1, keepdim=True)
+    assert ((mine - reference).abs() <= tolerance * scale + 1.01 * step.smallest_normal).all()
+    rest = [block for block in range(BLOCKS) if block not in destinations]
+    assert all(
+        one.equal(other)
+        for one, other in zip(reads(case.compiled, rest), reads(case.torch, rest), strict=True)
+    )
+
+
 def reads(pages: BandPages, blocks: list[int]) -> list[torch.Tensor]:
     """Raw keys and values of blocks."""
     chosen = torch.tensor(blocks)
@@ -291,6 +420,71 @@ def test_every_number_of_a_type_survives() -> None:
             keys, values = reads(case.compiled, [5])
             assert keys.equal(same), name
             assert values.equal(same), name
+
+
+@numba.njit
+def _rounded(numbers: np.ndarray, like: np.ndarray, out: np.ndarray) -> None:
+    for at in range(0, numbers.shape[0], WIDTH):
+        own = load(address_of(numbers) + at * 4, numbers)
+        store(address_of(out) + at * like.itemsize, like, own)
+
+
+@numba.njit
+def _means(one: np.ndarray, other: np.ndarray, like: np.ndarray, out: np.ndarray) -> None:
+    half = splat(np.float32(0.5))
+    for at in range(0, one.shape[0], WIDTH):
+        place = at * like.itemsize
+        total = load(address_of(one) + place, like) + load(address_of(other) + place, like)
+        store_mean(address_of(out) + place, like, multiply(total, half), like)
+
+
+@numba.njit
+def _sines(angles: np.ndarray, sines: np.ndarray, cosines: np.ndarray) -> None:
+    for at in range(0, angles.shape[0], WIDTH):
+        s, c = sine_and_cosine(load(address_of(angles) + at * 4, angles))
+        store(address_of(sines) + at * 4, angles, s)
+        store(address_of(cosines) + at * 4, angles, c)
+
+
+def test_numbers_round_as_in_torch(type_name: str) -> None:
+    """All binades, ties between neighbours, and what is just beside them."""
+    dtype, cache_dtype = TYPES[type_name]
+    element = FP8_DTYPES.get(cache_dtype, dtype)
+    torch.manual_seed(0)
+    most = torch.finfo(element).max
+    numbers = torch.randn(1 << 14) * torch.exp2(torch.randint(-30, 14, (1 << 14,)).float())
+    grid = numbers.to(element).float()
+    ties = torch.cat([grid * (1 + k / 32) for k in range(-3, 4)])
+    numbers = torch.cat([numbers, ties, ties * (1 + 2**-22), ties * (1 - 2**-22)])
+    numbers = numbers.clamp(-most, most).float()
+    tag, scale = TAGS[element], SCALES.get(element, 1.0)
+    out = np.empty(len(numbers), tag)
+    _rounded((numbers / scale).numpy(), np.empty(0, tag), out)
+    assert torch.from_numpy(out.view(np.uint8)).equal(numbers.to(element).view(torch.uint8))
+
+
+@pytest.mark.parametrize("element", FP8_DTYPES.values(), ids=FP8_DTYPES)
+def test_means_of_all_pairs_of_fp8(element: torch.dtype) -> None:
+    raw = torch.arange(256).to(torch.uint8)
+    raw = raw[raw.view(element).float().isfinite()]
+    one, other = raw.repeat_interleave(len(raw)), raw.repeat(len(raw))
+    room = -len(one) % WIDTH
+    one, other = (torch.cat([part, part[:room]]) for part in (one, other))
+    expected = ((one.view(element).float() + other.view(element).float()) / 2).to(element)
+    tag = TAGS[element]
+    out = np.empty(len(one), tag)
+    _means(one.numpy().view(tag), other.numpy().view(tag), np.empty(0, tag), out)
+    assert torch.from_numpy(out.view(np.uint8)).view(element).float().equal(expected.float())
+
+
+def test_sines_and_cosines() -> None:
+    torch.manual_seed(0)
+    angles = torch.cat([torch.randn(1 << 14) * scale for scale in (1e-3, 1, 100, 1e4, 5e4)])
+    sines, cosines = np.empty_like(angles.numpy()), np.empty_like(angles.numpy())
+    _sines(angles.numpy(), sines, cosines)
+    exact = angles.double()
+    assert (torch.from_numpy(sines) - exact.sin()).abs().max() < 3e-7
+    assert (torch.from_numpy(cosines) - exact.cos()).abs().max() < 3e-7
 
 
 def test_falls_back_where_there_are_no_kernels() -> None:

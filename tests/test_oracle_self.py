@@ -228,9 +228,20 @@ def brute_force_scores(
         return [-float(unit @ mean) / math.sqrt(sum(mean * mean)) for unit in units]
     if settings.method == "streaming":
         return list(range(len(keys)))
-    generator = torch.Generator()
-    generator.manual_seed((settings.seed * 1_000_003 + layer) * 1_000_003 + position)
-    return torch.rand(kv_heads, len(keys), generator=generator)[head].tolist()
+    key = 0
+    for word in (settings.seed, settings.seed >> 32, layer, position, head):
+        key = murmur_finalizer(key + 0x9E3779B9 + word)
+    return [float(murmur_finalizer(i * 0x9E3779B9 ^ key) >> 8) for i in range(len(keys))]
+
+
+def murmur_finalizer(word: int) -> int:
+    """MurmurHash3's last step."""
+    word %= 2**32
+    word ^= word >> 16
+    word = word * 0x85EBCA6B % 2**32
+    word ^= word >> 13
+    word = word * 0xC2B2AE35 % 2**32
+    return word ^ word >> 16
 
 
 RATIO = {"keep_ratio": 0.6, "pyramid_beta": 2.0, "skip_layers": (1,)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,8 +10,9 @@ import torch
 from vllm.utils import torch_utils
 
 from vllm_kvcompress.levels import Round
-from vllm_kvcompress.methods import select_tokens
+from vllm_kvcompress.methods import Method, NormMethod, ScoreContext, select_tokens
 from vllm_kvcompress.methods.pooling import Pooling, Rotation, merge_blocks
+from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.pages import LayerPages, PagePart
 
 
@@ -88,8 +89,11 @@ class BandPages:
         keys, values = (self.as_float(part).contiguous() for part in elements)
         return keys, values
 
-    def warm_up(self, pooling: Pooling | None) -> None:
-        """Do once what the first request would wait for; ``None`` if nothing is pooled."""
+    def warm_up(self, pooling: Pooling | None, rotation: Rotation | None, ranked: bool) -> None:
+        """Do once what the first request would wait for.
+
+        ``pooling`` is ``None`` if nothing is pooled; ``ranked`` if tokens are ranked first.
+        """
 
     def squared_norms(self, blocks: torch.Tensor) -> torch.Tensor:
         """Squared L2 norms of keys (without scales), ``[layers * kv_heads, tokens]``, float32."""
@@ -99,6 +103,62 @@ class BandPages:
     def select(self, scores: torch.Tensor, keep: int, sinks: int) -> torch.Tensor:
         """As :func:`~vllm_kvcompress.methods.select_tokens`, on the pages' device."""
         return select_tokens(scores, keep, sinks)
+
+    def score(
+        self, method: Method, context: Callable[[int], ScoreContext], blocks: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores of all tokens of some blocks, ``[layers * kv_heads, tokens]``, float32.
+
+        ``context`` by layer.
+        """
+        if isinstance(method, NormMethod):
+            return method.score_norms(self.squared_norms(blocks))
+        scores = []
+        for part in self.slices(len(blocks)):
+            keys = part.read_float_keys(blocks) if method.needs_keys else part.no_keys(len(blocks))
+            layers = list(part.layers)
+            if method.same_for_all_layers:
+                scores.append(method.score(keys, context(layers[0])))
+                continue
+            for layer, own in zip(layers, keys.split(self.shape[1]), strict=True):
+                scores.append(method.score(own, context(layer)))
+        return torch.cat(scores)
+
+    def evict(
+        self,
+        method: Method,
+        context: Callable[[int], ScoreContext],
+        sources: Sequence[int],
+        destinations: Sequence[int],
+        sinks: int,
+        kept_wanted: bool = False,
+    ) -> torch.Tensor | None:
+        """Keep the tokens with the highest scores of each head, as many as fill other blocks.
+
+        Parameters
+        ----------
+        method : Method
+        context : callable
+            Of a layer, by its index.
+        sources : sequence of int
+            Blocks, oldest first.
+        destinations : sequence of int
+            Where kept tokens go; may be among the sources.
+        sinks : int
+            First tokens that stay whatever their score.
+        kept_wanted : bool
+            Whether to return what was kept.
+
+        Returns
+        -------
+        torch.Tensor or None
+            ``[layers * kv_heads, kept]``, int64, ascending indices into the sources' tokens.
+        """
+        read = tensor_of(sources, self.device)
+        scores = self.score(method, context, read)
+        kept = self.select(scores, len(destinations) * self.shape[0], sinks)
+        self.move(read, kept, tensor_of(destinations, self.device))
+        return kept if kept_wanted else None
 
     def no_keys(self, blocks: int) -> torch.Tensor:
         """Something of the shape of keys, for methods that do not look at them."""
@@ -157,6 +217,25 @@ class BandPages:
             slots = part.read_slots(read)
             kept = part.merged(*slots, None, rounds, outputs, pooling, rotation)
             part.write(written, kept[0], kept[1])
+
+    def merges_ranked(self, method: Method, pooling: Pooling) -> bool:
+        """Whether :meth:`merge_ranked` can do what a ranking method and a pooling do together."""
+        return False
+
+    def merge_ranked(
+        self,
+        plan: CompactionPlan,
+        pooling: Pooling,
+        rotation: Rotation | None,
+        centres: Mapping[int, torch.Tensor],
+        kept_wanted: bool,
+    ) -> torch.Tensor | None:
+        """Keep the tokens that rank highest and pool the others, in one go.
+
+        ``centres`` by layer, as :class:`~vllm_kvcompress.worker.merger.Merger` has them.
+        Returns what was kept as :meth:`evict` does.
+        """
+        raise NotImplementedError
 
     def merged(
         self,

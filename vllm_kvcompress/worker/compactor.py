@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from vllm_kvcompress.histogram import SECONDS, Histogram
-from vllm_kvcompress.methods import MERGING, Method, NormMethod, ScoreContext
+from vllm_kvcompress.methods import MERGING, Method, ScoreContext
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages, tensor_of
 from vllm_kvcompress.worker.merger import Merger
@@ -95,39 +95,47 @@ class Compactor:
                 self.merger.pooling,
                 self.merger.rotation,
             )
+        elif plan.method in MERGING:
+            self._rank_and_merge(plan, self.methods[ranking], pages)
         else:
-            method = self.methods[ranking]
-            sources = tensor_of(plan.sources, pages.device)
-            destinations = tensor_of(plan.destinations, pages.device)
-            if plan.method in MERGING:
-                self._rank_and_merge(plan, method, sources, destinations)
-            else:
-                kept = self._select(plan, method, pages, sources, len(plan.destinations))
-                pages.move(sources, kept, destinations)
+            kept = pages.evict(
+                self.methods[ranking],
+                lambda layer: self._context(plan, layer),
+                plan.sources,
+                plan.destinations,
+                plan.sinks,
+                kept_wanted=self.on_kept is not None,
+            )
+            if kept is not None:
+                self._show(plan, pages, kept)
         if self.on_written is not None:
             written = pages.read_keys(tensor_of(plan.destinations, pages.device))
             for layer, keys in zip(pages.layers, written.split(self.heads), strict=True):
                 self.on_written(plan, layer, keys)
 
-    def _rank_and_merge(
-        self,
-        plan: CompactionPlan,
-        method: Method,
-        sources: torch.Tensor,
-        destinations: torch.Tensor,
-    ) -> None:
-        assert self.merger is not None
+    def _rank_and_merge(self, plan: CompactionPlan, method: Method, pages: BandPages) -> None:
+        merger = self.merger
+        assert merger is not None
+        if pages.merges_ranked(method, merger.pooling):
+            pooling, rotation, centres = merger.pooling, merger.rotation, merger.centres
+            wanted = self.on_kept is not None
+            chosen = pages.merge_ranked(plan, pooling, rotation, centres, kept_wanted=wanted)
+            if chosen is not None:
+                self._show(plan, pages, chosen)
+            return
+        sources = tensor_of(plan.sources, pages.device)
+        destinations = tensor_of(plan.destinations, pages.device)
         blocks = len(plan.destinations) - len(plan.outputs)
-        for pages in self.groups[plan.group].slices(len(plan.sources)):
-            slots = self.merger.read(plan, pages, sources)
+        for part in pages.slices(len(plan.sources)):
+            slots = merger.read(plan, part, sources)
             ranked = sources[plan.pooled :]
-            kept = self._select(plan, method, pages, ranked, blocks)
-            keys, values, centres = self.merger.pool(plan, pages, slots, kept)
+            kept = self._select(plan, method, part, ranked, blocks)
+            keys, values, written = merger.pool(plan, part, slots, kept)
             # What is kept moves as it is, and first: outputs may go to where it was.
             pooled = len(plan.outputs)
-            pages.move(ranked, kept, destinations[pooled:])
-            pages.write(destinations[:pooled], keys, values)
-            self.merger.note(pages, destinations, centres)
+            part.move(ranked, kept, destinations[pooled:])
+            part.write(destinations[:pooled], keys, values)
+            merger.note(part, destinations, written)
 
     def _select(
         self,
@@ -138,30 +146,15 @@ class Compactor:
         blocks: int,
     ) -> torch.Tensor:
         """Tokens of the sources to keep in so many blocks, ``[layers * kv_heads, kept]``."""
-        scores = self._score(plan, method, pages, sources)
+        scores = pages.score(method, lambda layer: self._context(plan, layer), sources)
         kept = pages.select(scores, blocks * self.block_size, plan.sinks)
+        self._show(plan, pages, kept)
+        return kept
+
+    def _show(self, plan: CompactionPlan, pages: BandPages, kept: torch.Tensor) -> None:
         if self.on_kept is not None:
             for layer, own in zip(pages.layers, kept.split(self.heads), strict=True):
                 self.on_kept(plan, layer, own)
-        return kept
-
-    def _score(
-        self, plan: CompactionPlan, method: Method, pages: BandPages, sources: torch.Tensor
-    ) -> torch.Tensor:
-        if isinstance(method, NormMethod):
-            return method.score_norms(pages.squared_norms(sources))
-        scores = []
-        for part in pages.slices(len(sources)):
-            keys = (
-                part.read_float_keys(sources) if method.needs_keys else part.no_keys(len(sources))
-            )
-            layers = list(part.layers)
-            if method.same_for_all_layers:
-                scores.append(method.score(keys, self._context(plan, layers[0])))
-                continue
-            for layer, own in zip(layers, keys.split(self.heads), strict=True):
-                scores.append(method.score(own, self._context(plan, layer)))
-        return torch.cat(scores)
 
     def _context(self, plan: CompactionPlan, layer: int) -> ScoreContext:
         return ScoreContext(layer, plan.position, self.first_head, self.total_heads)

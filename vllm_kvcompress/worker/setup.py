@@ -176,8 +176,8 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     compactor = make_compactor(
         settings, groups, num_blocks, rotation, first_head, max(total, heads)
     )
-    merger = compactor.merger
-    pages.warm_up(None if merger is None else merger.pooling)
+    pooling = None if compactor.merger is None else compactor.merger.pooling
+    pages.warm_up(pooling, rotation, ranked=MERGING.get(settings.method) is not None)
     return WorkerState(compactor, holes)
 
 

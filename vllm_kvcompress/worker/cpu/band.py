@@ -4,76 +4,100 @@ from __future__ import annotations
 
 import functools
 import math
+import platform
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import llvmlite.binding
 import numpy as np
 import torch
 
 from vllm_kvcompress.levels import Round
-from vllm_kvcompress.methods import select_tokens
+from vllm_kvcompress.methods import Method, ScoreContext
+from vllm_kvcompress.methods.keydiff import KeyDiff
+from vllm_kvcompress.methods.knorm import KNorm
 from vllm_kvcompress.methods.pooling import Best, Max, Mean, Pooling, Rotation
+from vllm_kvcompress.methods.random import Random
+from vllm_kvcompress.methods.streaming import Streaming
+from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
-from vllm_kvcompress.worker.cpu import merge, moves
+from vllm_kvcompress.worker.cpu import evict, merge, moves, pool, ranks, runs
 from vllm_kvcompress.worker.cpu.intrinsics import LANES, LINE
-from vllm_kvcompress.worker.cpu.merge import Part
-from vllm_kvcompress.worker.cpu.numbers import FORMATS
+from vllm_kvcompress.worker.cpu.moves import Part
+from vllm_kvcompress.worker.cpu.numbers import SCALES, TAGS
+from vllm_kvcompress.worker.cpu.pool import Turns
+from vllm_kvcompress.worker.cpu.steps import LEVELS
+from vllm_kvcompress.worker.cpu.vectors import WIDTH
 from vllm_kvcompress.worker.layout import RAW_DTYPES
 from vllm_kvcompress.worker.pages import LayerPages, RunPart, TokenMinor
 
-KERNELS: dict[type, int] = {Mean: merge.MEAN, Max: merge.MAX, Best: merge.BEST}
-
-LEVELS = 32
-"""More levels than any request reaches."""
+POOLINGS: dict[type, int] = {Mean: pool.MEAN, Max: pool.MAX, Best: pool.BEST}
+METHODS: dict[type, int] = {
+    KNorm: evict.KNORM,
+    KeyDiff: evict.KEYDIFF,
+    Random: evict.RANDOM,
+    Streaming: evict.STREAMING,
+}
+"""What kernels know by themselves; other methods score in torch."""
 
 FLOATS = np.dtype(np.float32)
+NO_SCORES, NO_KEYS = np.empty((1, 0), np.float32), np.empty(0, np.int64)
 
 _rooms = threading.local()
 
 
 def scratch(dtype: np.dtype, *shape: int, purpose: str = "") -> np.ndarray:
-    """Room of this shape, for each purpose the same memory at every call of a thread."""
-    held: dict[str, np.ndarray] = _rooms.__dict__
-    key, elements = f"{dtype.name} {purpose}", math.prod(shape)
+    """Room of this shape, for each purpose the same memory at every call of a thread.
+
+    Fresh memory costs more than the moves.
+    """
+    held: dict[tuple[np.dtype, str], np.ndarray] = _rooms.__dict__.setdefault("held", {})
+    key, elements = (dtype, purpose), math.prod(shape)
     if key not in held or len(held[key]) < elements:
         held[key] = np.empty(elements, dtype)
     return held[key][:elements].reshape(shape)
 
 
 class Runs(NamedTuple):
-    """One part (keys or values) of all layers, as kernels take it."""
+    """One part (keys or values) of all layers."""
 
-    each: Part
-    """Every run by itself."""
-    joined: Part
-    """Runs that follow one another as one."""
-    across: bool
-    """Whether a run is one dimension of a block, not one token."""
+    part: Part
+    length: int
+    """Elements per run."""
 
     @classmethod
     def of(cls, parts: list[RunPart]) -> Runs:
         """The runs of parts that are laid out alike."""
         first, addresses = parts[0], [part.runs.data_ptr() for part in parts]
-        starts = first.starts.numpy()
-        each = joined = Part(np.array(addresses, np.int64), first.page, starts, first.length)
-        if bool((np.diff(starts, axis=1) == first.length).all()):
-            whole = starts.shape[1] * first.length
-            joined = each._replace(starts=starts[:, :1].copy(), length=whole)
-        return cls(each, joined, isinstance(first, TokenMinor))
+        item = first.runs.element_size()
+        starts = np.ascontiguousarray(first.starts.numpy() * item)
+        across = isinstance(first, TokenMinor)
+        caches = np.array(addresses, np.int64)
+        part = Part(caches, first.page * item, starts, first.length * item, across)
+        return cls(part, first.length)
 
 
 @functools.lru_cache(maxsize=8)
-def _turns(rotation: Rotation | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Dimensions that turn together, cosines and sines by level, for ``merge_part``."""
+def turns_of(rotation: Rotation | None) -> Turns:
+    """Dimensions that turn together and how far."""
     if rotation is None:
-        return np.empty((2, 0), np.int64), *np.empty((2, LEVELS, 0), np.float32)
+        none = np.empty((LEVELS, 0), np.float32)
+        return Turns(np.empty((2, 0), np.int64), none, none, np.empty(0, np.float32))
     pairs = np.arange(len(rotation.angles), dtype=np.int64)
     # Two slots of a level are 2**level positions apart; each turns half the way.
     angles = torch.outer(2.0 ** torch.arange(-1, LEVELS - 1), rotation.angles.cpu())
     dimensions = (pairs, pairs + len(pairs)) if rotation.neox else (2 * pairs, 2 * pairs + 1)
-    return np.stack(dimensions), angles.cos().numpy(), angles.sin().numpy()
+    halves = (angles.cos() / 2).numpy(), (angles.sin() / 2).numpy()
+    return Turns(np.stack(dimensions), *halves, rotation.angles.cpu().numpy())
+
+
+@functools.cache
+def converts_halves() -> bool:
+    """Whether the processor turns 16-bit floats into others by itself."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not x86 or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
 
 
 @dataclass(frozen=True)
@@ -84,10 +108,13 @@ class CompiledBandPages(BandPages):
     def fits(layers: Mapping[int, LayerPages]) -> bool:
         """Whether pages of this layout can be moved by kernels."""
         pages = next(iter(layers.values()))
+        size, _, dim = pages.shape
         return (
             pages.device.type == "cpu"
-            and pages.element in FORMATS
-            and pages.shape[0] % LANES == 0
+            and converts_halves()
+            and pages.element in TAGS
+            and size % LANES == 0
+            and dim % WIDTH == 0
             and isinstance(pages.keys, RunPart)
             and isinstance(pages.values, RunPart)
         )
@@ -101,29 +128,46 @@ class CompiledBandPages(BandPages):
         return Runs.of(cast(list[RunPart], self._values))
 
     @functools.cached_property
-    def _element(self) -> torch.dtype:
-        return self._first.element
-
-    @functools.cached_property
     def _raw(self) -> torch.dtype:
-        return RAW_DTYPES[self._element.itemsize]
+        return RAW_DTYPES[self._first.element.itemsize]
 
     @functools.cached_property
     def _like(self) -> np.ndarray:
-        return torch.empty(0, dtype=self._raw).numpy()
+        return np.empty(0, TAGS[self._first.element])
 
-    def warm_up(self, pooling: Pooling | None) -> None:
+    @functools.cached_property
+    def _scale(self) -> float:
+        return SCALES.get(self._first.element, 1.0)
+
+    @functools.cached_property
+    def _size(self) -> int:
+        return self.shape[0]
+
+    @functools.cached_property
+    def _rows(self) -> int:
+        return len(self.layers) * self.shape[1]
+
+    def warm_up(self, pooling: Pooling | None, rotation: Rotation | None, ranked: bool) -> None:
         """Move the null block onto itself once, so that no request waits for a compiler."""
-        null = torch.zeros(1, dtype=torch.int64)
         size, heads, _ = self.shape
-        self.read_float_keys(null)
-        self.select(self.squared_norms(null), size, 0)
-        tokens = torch.arange(size).expand(len(self.layers) * heads, size).contiguous()
-        self.move(null, tokens, null)
-        if pooling is not None:
-            self.read_slots(null)
-            self.write(null, self.read_keys(null), self.read_values(null))
-            self.merge([0, 0], [Round(0, [0], [1])], [0], [0], pooling, None)
+        self.evict(Streaming(), lambda layer: ScoreContext(layer, size), [0], [0], 0)
+        if pooling is None:
+            return
+        if not ranked:
+            self.merge([0], [Round(0, [], [])], [0], [0], pooling, None)
+        elif self.merges_ranked(KNorm(), pooling):
+            centres = {layer: torch.zeros(1, heads, size) for layer in self.layers}
+            turned = {} if rotation is None else centres
+            self._merge_ranked([0, 0], 0, 0, size, 0, [], [0], [0, 0], pooling, rotation, turned)
+
+    def _rooms(self, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Room for moving, and for a head's part of some blocks."""
+        size, _, dim = self.shape
+        tag = self._like.dtype
+        return (
+            scratch(tag, dim * (size + LANES) + LINE, purpose="staging"),
+            scratch(tag, blocks * dim * size, purpose="whole"),
+        )
 
     def read_keys(self, blocks: torch.Tensor) -> torch.Tensor:
         return self._read(self._key_runs, blocks)
@@ -133,59 +177,84 @@ class CompiledBandPages(BandPages):
 
     def read_float_keys(self, blocks: torch.Tensor) -> torch.Tensor:
         # Valid until the next call: fresh memory of this size costs more than the reading.
-        runs = self._key_runs
-        out = scratch(FLOATS, *self._shape_read(runs, blocks), purpose="keys")
-        moves.read_numbers(
-            *runs.each[:3], blocks.numpy(), runs.across, self._like, FORMATS[self._element], out
-        )
-        return self._as_elements(runs, torch.from_numpy(out))
-
-    def read_slots(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        size, heads, dim = self.shape
-        found = []
-        for purpose, runs in (("keys", self._key_runs), ("values", self._value_runs)):
-            shape = (len(self.layers), heads, len(blocks) * size, dim)
-            out = scratch(FLOATS, *shape, purpose=purpose)
-            more = self._like, FORMATS[self._element], out
-            if runs.across:
-                moves.read_tokens_across(*runs.each, blocks.numpy(), *more)
-            else:
-                moves.read_numbers(*runs.each[:3], blocks.numpy(), False, *more)
-            found.append(torch.from_numpy(out).flatten(0, 1))
-        return found[0], found[1]
+        own = self._key_runs
+        out = scratch(FLOATS, *self._shape_read(own, blocks), purpose="keys")
+        runs.read_numbers(own.part, blocks.numpy(), self._scale, self._like, out)
+        return self._as_elements(own, torch.from_numpy(out))
 
     def squared_norms(self, blocks: torch.Tensor) -> torch.Tensor:
-        runs = self._key_runs
-        size, heads, _ = self.shape
-        out = torch.empty(len(self.layers) * heads, len(blocks) * size)
-        kernel = moves.squared_norms_across if runs.across else moves.squared_norms_along
-        format = FORMATS[self._element]
-        kernel(*runs.each, blocks.numpy(), self._like, format, out.numpy())
+        out = torch.empty(self._rows, len(blocks) * self._size)
+        keys = self._key_runs.part
+        ranks.all_squared_norms(
+            keys, self._size, blocks.numpy(), self._scale, self._like, out.numpy()
+        )
         return out
 
     def select(self, scores: torch.Tensor, keep: int, sinks: int) -> torch.Tensor:
-        if keep <= sinks:
-            return select_tokens(scores, keep, sinks)
-        # The smallest score that is kept.
-        rank = scores.shape[1] - keep + 1
-        least = torch.kthvalue(scores[:, sinks:], rank, dim=1).values
-        out = torch.empty(len(scores), keep, dtype=torch.int64)
-        moves.choose(scores.numpy(), least.numpy(), sinks, out.numpy())
-        return out
+        rows, tokens = scores.shape
+        chunks = -(-tokens // LANES)
+        masks = np.empty((rows, chunks), np.uint32)
+        room = scratch(np.dtype(np.int32), chunks * LANES, purpose="ranks")
+        ranks.choose_all(scores.contiguous().numpy(), keep, sinks, room, masks)
+        return tokens_of(masks, keep)
+
+    def evict(
+        self,
+        method: Method,
+        context: Callable[[int], ScoreContext],
+        sources: Sequence[int],
+        destinations: Sequence[int],
+        sinks: int,
+        kept_wanted: bool = False,
+    ) -> torch.Tensor | None:
+        size, heads, _ = self.shape
+        tokens, keep = len(sources) * size, len(destinations) * size
+        keys = self._key_runs.part
+        kind = METHODS.get(type(method), evict.GIVEN)
+        if kind == evict.KEYDIFF and not keys.across:
+            kind = evict.GIVEN
+        drawn, read = NO_KEYS, np.array(sources, np.int64)
+        if kind == evict.GIVEN:
+            scores = self.score(method, context, torch.from_numpy(read)).contiguous().numpy()
+        elif kind == evict.STREAMING:
+            scores = NO_SCORES
+        else:
+            scores = scratch(FLOATS, 1, tokens, purpose="scores")
+        if isinstance(method, Random):
+            own = [method.keys_of_heads(context(layer), heads) for layer in self.layers]
+            drawn = np.array(own, np.int64).reshape(-1)
+        masks = scratch(np.dtype(np.uint32), self._rows, tokens // LANES, purpose="masks")
+        evict.evict(
+            keys,
+            self._value_runs.part,
+            size,
+            read,
+            np.array(destinations, np.int64),
+            min(sinks, keep),
+            kind,
+            drawn,
+            self._scale,
+            scores,
+            masks,
+            *self._rooms(len(destinations)),
+            self._like,
+        )
+        return tokens_of(masks, keep) if kept_wanted else None
 
     def move(self, sources: torch.Tensor, tokens: torch.Tensor, destinations: torch.Tensor) -> None:
-        arrays = sources.numpy(), tokens.numpy(), destinations.numpy()
-        for runs in (self._key_runs, self._value_runs):
-            if runs.across:
-                # An odd number of cache lines: rows that are a power of two apart collide.
-                per_line = LINE // self._like.itemsize
-                lines = (tokens.shape[1] + LANES) // per_line + 1
-                width = (lines | 1) * per_line
-                room = scratch(self._like.dtype, runs.each.starts.shape[1], width)
-                moves.move_across(*runs.each, *arrays, room)
-            else:
-                room = scratch(self._like.dtype, tokens.shape[1] * runs.each.length)
-                moves.move_along(*runs.each, *arrays, room)
+        chosen = np.zeros((len(tokens), len(sources) * self._size), np.bool_)
+        np.put_along_axis(chosen, tokens.numpy(), True, axis=1)
+        masks = np.packbits(chosen, axis=1, bitorder="little").view(np.uint32)
+        moves.move(
+            self._key_runs.part,
+            self._value_runs.part,
+            self._size,
+            sources.numpy(),
+            masks,
+            destinations.numpy(),
+            *self._rooms(len(destinations)),
+            self._like,
+        )
 
     def merge(
         self,
@@ -196,61 +265,136 @@ class CompiledBandPages(BandPages):
         pooling: Pooling,
         rotation: Rotation | None,
     ) -> None:
-        keys, values = self._key_runs, self._value_runs
-        if not keys.across or values.across or type(pooling) not in KERNELS:
+        keys, values = self._key_runs.part, self._value_runs.part
+        kind = POOLINGS.get(type(pooling))
+        if not keys.across or values.across or kind is None:
             super().merge(sources, rounds, outputs, destinations, pooling, rotation)
             return
-        merges = np.array(
-            [
-                (level, older, newer)
-                for level, *pairs in rounds
-                for older, newer in zip(*pairs, strict=True)
-            ],
-            np.int64,
-        ).reshape(-1, 3)
-        made = len(merges)
-        size, heads, dim = self.shape
-        rows = len(self.layers) * heads
-        blocks = made + len(outputs) + 1
+        size, _, dim = self.shape
         common = (
+            keys,
+            values,
             size,
-            self._like,
-            FORMATS[self._element],
             np.array(sources, np.int64),
-            merges.T.copy(),
+            merges_of(rounds),
             np.array(outputs, np.int64),
             np.array(destinations, np.int64),
-            KERNELS[type(pooling)],
-            *_turns(rotation if pooling.needs_rotation else None),
-            scratch(np.dtype(np.bool_), rows, made, size),
-            scratch(self._like.dtype, dim * size),
-            scratch(FLOATS, blocks, dim * size),
         )
-        merge.merge_part(keys.joined, True, *common)
-        merge.merge_part(values.joined, False, *common)
+        staging, whole = self._rooms(len(destinations))
+        if kind == pool.BEST:
+            merge.keep_best(*common, self._scale, staging, whole, self._like)
+            return
+        turns = turns_of(rotation if pooling.needs_rotation else None)
+        held = scratch(FLOATS, LEVELS, dim * size, purpose="held")
+        merge.merge(*common, kind, turns, held, whole, self._like)
+
+    def merges_ranked(self, method: Method, pooling: Pooling) -> bool:
+        layout = self._key_runs.part.across and not self._value_runs.part.across
+        return layout and type(method) is KNorm and type(pooling) in (Mean, Max)
+
+    def merge_ranked(
+        self,
+        plan: CompactionPlan,
+        pooling: Pooling,
+        rotation: Rotation | None,
+        centres: Mapping[int, torch.Tensor],
+        kept_wanted: bool,
+    ) -> torch.Tensor | None:
+        kept = (len(plan.destinations) - len(plan.outputs)) * self._size
+        masks = self._merge_ranked(
+            plan.sources,
+            plan.pooled,
+            plan.exact,
+            plan.end,
+            plan.sinks,
+            plan.rounds,
+            plan.outputs,
+            plan.destinations,
+            pooling,
+            rotation,
+            centres,
+        )
+        return tokens_of(masks, kept) if kept_wanted else None
+
+    def _merge_ranked(
+        self,
+        sources: Sequence[int],
+        pooled: int,
+        exact: int,
+        end: int,
+        sinks: int,
+        rounds: Sequence[Round],
+        outputs: Sequence[int],
+        destinations: Sequence[int],
+        pooling: Pooling,
+        rotation: Rotation | None,
+        centres: Mapping[int, torch.Tensor],
+    ) -> np.ndarray:
+        """Masks of what was kept."""
+        size, _, dim = self.shape
+        tag, blocks = self._like.dtype, len(sources)
+        places = None
+        if centres:
+            places = np.array([centres[layer].data_ptr() for layer in self.layers], np.int64)
+        chunks = (blocks - pooled) * size // LANES
+        masks = scratch(np.dtype(np.uint32), self._rows, chunks, purpose="masks")
+        merge.merge_ranked(
+            self._key_runs.part,
+            self._value_runs.part,
+            size,
+            np.array(sources, np.int64),
+            pooled,
+            exact,
+            end,
+            sinks,
+            merges_of(rounds),
+            np.array(outputs, np.int64),
+            np.array(destinations, np.int64),
+            POOLINGS[type(pooling)],
+            turns_of(rotation if pooling.needs_rotation else None),
+            places,
+            self._scale,
+            masks,
+            scratch(tag, blocks * dim * size, purpose="left keys"),
+            scratch(tag, blocks * dim * size, purpose="left values"),
+            scratch(FLOATS, LEVELS, dim * size, purpose="held"),
+            *self._rooms(len(destinations)),
+            self._like,
+        )
+        return masks
 
     def write(self, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._write(self._key_runs, blocks, keys)
         self._write(self._value_runs, blocks, values)
 
-    def _read(self, runs: Runs, blocks: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(self._shape_read(runs, blocks), dtype=self._raw)
-        moves.read_runs(*runs.each[:3], blocks.numpy(), runs.across, out.numpy())
-        return self._as_elements(runs, out)
+    def _read(self, own: Runs, blocks: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(self._shape_read(own, blocks), dtype=self._raw)
+        runs.read_runs(own.part, blocks.numpy(), out.numpy())
+        return self._as_elements(own, out)
 
-    def _shape_read(self, runs: Runs, blocks: torch.Tensor) -> tuple[int, int, int, int]:
-        heads, count = runs.each.starts.shape
-        return len(self.layers), heads, count * len(blocks), runs.each.length
+    def _shape_read(self, own: Runs, blocks: torch.Tensor) -> tuple[int, int, int, int]:
+        heads, count = own.part.starts.shape
+        return len(self.layers), heads, count * len(blocks), own.length
 
-    def _as_elements(self, runs: Runs, read: torch.Tensor) -> torch.Tensor:
-        heads, count = runs.each.starts.shape
-        rows = len(self.layers) * heads
-        if runs.across:
-            return read.view(rows, count, -1).transpose(1, 2)
-        return read.view(rows, -1, runs.each.length)
+    def _as_elements(self, own: Runs, read: torch.Tensor) -> torch.Tensor:
+        if own.part.across:
+            return read.view(self._rows, own.part.starts.shape[1], -1).transpose(1, 2)
+        return read.view(self._rows, -1, own.length)
 
-    def _write(self, runs: Runs, blocks: torch.Tensor, elements: torch.Tensor) -> None:
-        if runs.across:
+    def _write(self, own: Runs, blocks: torch.Tensor, elements: torch.Tensor) -> None:
+        if own.part.across:
             elements = elements.transpose(1, 2)
-        values = elements.reshape(self._shape_read(runs, blocks)).contiguous().numpy()
-        moves.write_runs(*runs.each[:3], blocks.numpy(), runs.across, values)
+        values = elements.reshape(self._shape_read(own, blocks)).contiguous().numpy()
+        runs.write_runs(own.part, blocks.numpy(), values)
+
+
+def merges_of(rounds: Sequence[Round]) -> np.ndarray:
+    """Level, older and newer block of each merge, ``[m, 3]``, int64."""
+    merges = [(level, *pair) for level, *pairs in rounds for pair in zip(*pairs, strict=True)]
+    return np.array(merges, np.int64).reshape(-1, 3)
+
+
+def tokens_of(masks: np.ndarray, keep: int) -> torch.Tensor:
+    """Tokens ``[rows, keep]``, int64, that are marked in ``[rows, chunks]``."""
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+    return torch.from_numpy(bits.nonzero()[1].reshape(len(masks), keep))

@@ -56,63 +56,68 @@ LANES = 32
 """Tokens that :func:`compress` squeezes at once; block sizes are multiples of it."""
 
 
+@compiled
+def address_of(array: np.ndarray) -> Any:
+    """Where an array begins; numba's own has no sign, and mixed with others makes floats."""
+    return np.int64(array.ctypes.data)
+
+
 @intrinsic
-def _pointer(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer."""
-
+def _call_memcpy(typingctx: Any, source: Any, target: Any, size: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
+        places = [builder.inttoptr(args[place], cgutils.voidptr_t) for place in (1, 0)]
+        cgutils.raw_memcpy(builder, *places, args[2], 1)
+        return context.get_dummy_value()
 
-    return types.voidptr(address), codegen
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def copy_line(typingctx: Any, source: Any, target: Any) -> Any:
+    """Copy ``LINE`` bytes."""
+    return _copying(LINE)
+
+
+@intrinsic
+def copy_half_line(typingctx: Any, source: Any, target: Any) -> Any:
+    """Copy half as many."""
+    return _copying(LINE // 2)
+
+
+def _copying(size: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(8), size).as_pointer()
+        read = builder.load(builder.inttoptr(args[0], vector))
+        read.align = 1
+        builder.store(read, builder.inttoptr(args[1], vector)).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @compiled
-def elements_at(address: int, like: np.ndarray) -> np.ndarray:
-    """All memory from an address on, as elements of ``like``'s type."""
-    return numba.carray(_pointer(address), (1 << 62,), dtype=like.dtype)
-
-
-def _in_32_bits(instruction: str) -> Any:
-    """Arithmetic of int32 that stays int32: numba's own makes 64 bits of it, half as fast."""
-
-    @intrinsic
-    def operation(typingctx: Any, one: Any, other: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return getattr(builder, instruction)(*args)
-
-        return types.int32(types.int32, types.int32), codegen
-
-    return operation
-
-
-add, shift_left, shift_right = map(_in_32_bits, ("add", "shl", "ashr"))
+def copy(source: int, target: int, size: int) -> None:
+    """Copy bytes from one address to another that is not near it."""
+    if size % (LINE // 2):
+        _call_memcpy(source, target, size)
+        return
+    whole = size // LINE * LINE
+    for at in range(0, whole, LINE):
+        copy_line(source + at, target + at)
+    if whole < size:
+        copy_half_line(source + whole, target + whole)
 
 
 @intrinsic
-def copy(typingctx: Any, source: Any, start: Any, target: Any, at: Any, count: Any) -> Any:
-    """``target[at : at + count] = source[start : start + count]``, without looking for overlap."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        arrays = _data(context, builder, signature, args)
-        size = signature.args[0].dtype.bitwidth // 8
-        places = builder.gep(arrays[1], [args[3]]), builder.gep(arrays[0], [args[1]])
-        cgutils.raw_memcpy(builder, *places, args[4], size)
-        return context.get_dummy_value()
-
-    return types.void(source, start, target, at, count), codegen
-
-
-@intrinsic
-def compress(typingctx: Any, source: Any, start: Any, target: Any, at: Any, mask: Any) -> Any:
+def compress(typingctx: Any, source: Any, target: Any, mask: Any, like: Any) -> Any:
     """Copy those of ``LANES`` elements whose bit is set in ``mask``, one beside the other.
 
-    Elements of ``target`` up to ``at + LANES`` are overwritten with no matter what. One
-    instruction where the processor has it, spelled out by LLVM where not.
+    As many elements of the target are overwritten with no matter what. One instruction where
+    the processor has it, spelled out by LLVM where not.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        arrays = _data(context, builder, signature, args)
-        width = signature.args[0].dtype.bitwidth
+        width = signature.args[3].dtype.bitwidth
         # Vectors wider than a register are taken apart badly: squeeze half by half.
         lanes = min(LANES, 512 // width)
         vector, bits = ir.VectorType(ir.IntType(width), lanes), ir.IntType(lanes)
@@ -122,53 +127,100 @@ def compress(typingctx: Any, source: Any, start: Any, target: Any, at: Any, mask
             ir.FunctionType(vector, [vector, flags, vector]),
             f"llvm.experimental.vector.compress.v{lanes}i{width}",
         )
-        count = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(bits, [bits]), f"llvm.ctpop.i{lanes}"
-        )
-        at = args[3]
+        source, target, mask, _ = args
         for first in range(0, LANES, lanes):
-            place = builder.gep(arrays[0], [builder.add(args[1], args[1].type(first))])
-            loaded = builder.load(builder.bitcast(place, vector.as_pointer()))
-            loaded.align = width // 8
-            own = builder.trunc(builder.lshr(args[4], args[4].type(first)), bits)
+            place = builder.add(source, source.type(first * width // 8))
+            loaded = builder.load(builder.inttoptr(place, vector.as_pointer()))
+            loaded.align = 1
+            own = builder.trunc(builder.lshr(mask, mask.type(first)), bits)
             chosen = [loaded, builder.bitcast(own, flags), ir.Constant(vector, ir.Undefined)]
-            place = builder.bitcast(builder.gep(arrays[1], [at]), vector.as_pointer())
-            builder.store(builder.call(squeeze, chosen), place).align = width // 8
-            at = builder.add(at, builder.zext(builder.call(count, [own]), at.type))
+            place = builder.inttoptr(target, vector.as_pointer())
+            builder.store(builder.call(squeeze, chosen), place).align = 1
+            count = builder.zext(builder.ctpop(own), target.type)
+            target = builder.add(target, builder.mul(count, target.type(width // 8)))
         return context.get_dummy_value()
 
-    return types.void(source, start, target, at, types.int64), codegen
+    return types.void(types.int64, types.int64, types.int64, like), codegen
 
 
 @intrinsic
-def _prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address."""
+def ones(typingctx: Any, mask: Any) -> Any:
+    """How many bits are set."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number = ir.IntType(32)
-        fetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number]),
-            "llvm.prefetch.p0",
-        )
-        place = builder.inttoptr(args[0], cgutils.voidptr_t)
-        builder.call(fetch, [place, *(ir.Constant(number, value) for value in (0, 3, 1))])
+        return builder.ctpop(args[0])
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def lowest(typingctx: Any, mask: Any) -> Any:
+    """The place of the lowest bit that is set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.IntType(1)(0))
+
+    return types.int64(types.int64), codegen
+
+
+def _comparing(sign: str) -> Any:
+    @intrinsic
+    def comparing(typingctx: Any, address: Any, limit: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            vector = ir.VectorType(ir.IntType(32), LANES)
+            loaded = builder.load(builder.inttoptr(args[0], vector.as_pointer()))
+            loaded.align = 1
+            one = ir.Constant(vector, ir.Undefined)
+            one = builder.insert_element(one, args[1], ir.IntType(32)(0))
+            same = builder.shuffle_vector(one, one, ir.Constant(vector, [0] * LANES))
+            flags = builder.icmp_signed(sign, loaded, same)
+            return builder.zext(builder.bitcast(flags, ir.IntType(LANES)), ir.IntType(64))
+
+        return types.int64(types.int64, types.int32), codegen
+
+    return comparing
+
+
+above, equal = _comparing(">"), _comparing("==")
+"""Bits of those of ``LANES`` int32 numbers from an address on that are above, or equal."""
+
+
+def _prefetch(builder: Any, address: Any, offset: int) -> None:
+    number = ir.IntType(32)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number]),
+        "llvm.prefetch.p0",
+    )
+    place = builder.inttoptr(builder.add(address, address.type(offset)), cgutils.voidptr_t)
+    builder.call(function, [place, *(ir.Constant(number, value) for value in (0, 3, 1))])
+
+
+@intrinsic
+def fetch(typingctx: Any, address: Any, like: Any) -> Any:
+    """Ask for ``LANES`` elements from an address on: blocks lie anywhere in memory."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for line in range(0, LANES * signature.args[1].dtype.bitwidth // 8, LINE):
+            _prefetch(builder, args[0], line)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, like), codegen
+
+
+@intrinsic
+def _fetch_line(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _prefetch(builder, args[0], 0)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
 
 
 @compiled
-def fetch(address: int, size: int) -> None:
-    """Ask for so many bytes from an address on: blocks lie anywhere in memory."""
-    for line in range(0, size, LINE):
-        _prefetch(address + line)
-
-
-def _data(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
-    """Pointers to the elements of an intrinsic's source and target."""
-    places = (0, 2)
-    return [
-        context.make_array(signature.args[place])(context, builder, args[place]).data
-        for place in places
-    ]
+def fetch_bytes(address: int, size: int) -> None:
+    """Ask for so many bytes from an address on."""
+    at = address
+    while at < address + size:
+        _fetch_line(at)
+        at += LINE
