@@ -35,7 +35,7 @@ class Overhead:
             "rounds": options.repeats or rounds,
             "model": options.model,
         }
-        kinds = ("idle", "accounts", "groups")
+        kinds = ("idle", "groups") if options.effort == "short" else ("idle", "accounts", "groups")
         return [Case(kind, {"kind": kind, **about}) for kind in kinds]
 
     def run(self, case: Case) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Compaction:
 
         effort = compaction.QUICK if case.parameters["effort"] == "quick" else compaction.FULL
         if case.parameters["effort"] == "short":
-            effort = effort._replace(lengths=(512, 2048, 8000), most_runs=7, seconds=0.5)
+            effort = effort._replace(lengths=(512, 2048, 8000), most_runs=5, seconds=0.3)
         torch.set_num_threads(1)
         return {
             "command": f"python -m bench compaction, {case.key}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -70,11 +71,19 @@ def serving(side: Contender, model: str, options: list[str]) -> Iterator[str]:
         server.wait(60)
 
 
-def get(url: str) -> str:
-    """Text at an address, not by way of a proxy."""
+def get(url: str, body: dict[str, Any] | None = None) -> str:
+    """Text at an address, not by way of a proxy; what is there for a JSON body if one is given."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=60) as answer:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with opener.open(request, timeout=60) as answer:
         return answer.read().decode()
+
+
+def warm_up(url: str) -> None:
+    """Let a server compute a short request that is not measured."""
+    body = {"model": SERVED_NAME, "prompt": [1000] * 64, "max_tokens": 8, "ignore_eos": True}
+    get(f"{url}/v1/completions", body)
 
 
 def _answers(url: str) -> bool:

@@ -7,6 +7,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,7 @@ from bench.engines import BLOCK_SIZE, Geometry, model_or_bundled
 from bench.plotting import bar_plot, line_plot
 from bench.report import table
 from bench.suite import Case, Options, Results, Target, ratio_text, target_lines
-
-DECODE_HEAVY = (1000, 1000)
-TARGETED = ("stock", "knorm/8", "knorm/2", "fp8", "knorm+fp8/4")
-SWEPT = (
-    *("stock", "stock-capped", "fp8", "knorm/8", "knorm/4", "knorm/2", "pyramid/8", "pyramid/4"),
-    *("during/8", "merge/8", "merge/4", "knorm+fp8/8", "knorm+fp8/4"),
-)
-
-TARGETS = (
-    ("1,000+1,000, 8x against stock", "at least 3", 3.0, "knorm/8", "stock"),
-    ("1,000+1,000, 2x against stock", "at least 1.6", 1.6, "knorm/2", "stock"),
-    ("1,000+1,000, fp8 and 4x against fp8", "at least 1.6", 1.6, "knorm+fp8/4", "fp8"),
-)
+from bench.workloads import BATCHES, REPEATS, TARGETS
 
 
 class Throughput:
@@ -38,20 +27,20 @@ class Throughput:
 
     def cases(self, options: Options) -> list[Case]:
         """Contenders of one shape and pool are neighbours; every other repeat goes backwards."""
-        shapes, pools, methods, repeats, requests = {
-            "quick": (((320, 40),), (2,), ("stock", "knorm/2", "knorm+fp8/2"), 1, 4),
-            "short": ((DECODE_HEAVY,), (2,), TARGETED, 1, 12),
-            "full": (((2000, 200), DECODE_HEAVY, (6000, 128)), (2, 4, 8), SWEPT, 3, 24),
-        }[options.effort]
-        methods = with_budgets(options.methods or methods, options.budgets)
-        for method in methods:
-            contender(method, 1000)
+        batches = BATCHES[options.effort]
+        if options.shapes:
+            batches = tuple(batches[0]._replace(shape=shape) for shape in options.shapes)
         found = []
-        for shape in options.shapes or shapes:
-            for pool in options.pools or pools:
-                for repeat in range(options.repeats or repeats):
+        for batch in batches:
+            methods = with_budgets(options.methods or batch.methods, options.budgets)
+            for method in methods:
+                contender(method, sum(batch.shape))
+            for pool in options.pools or batch.pools:
+                for repeat in range(options.repeats or REPEATS[options.effort]):
                     for method in methods if repeat % 2 == 0 else methods[::-1]:
-                        found.append(self._case(options, shape, pool, method, repeat, requests))
+                        found.append(
+                            self._case(options, batch.shape, pool, method, repeat, batch.requests)
+                        )
         return found
 
     def _case(
@@ -151,34 +140,36 @@ class Throughput:
         ]
         lines += target_lines(
             [
-                Target(what, wanted, least, float("inf"), tuple(self._ratios(results, own, base)))
-                for what, wanted, least, own, base in TARGETS
+                Target(what, wanted, least, inf, tuple(self._ratios(results, shape, own, base)))
+                for what, wanted, least, shape, own, base in TARGETS
             ]
         )
         for group, rows in grouped(results).items():
             lines += ["", f"{group}, {rows[0]['kv_bytes'] / (1 << 20):.0f} MiB of KV cache:", ""]
+            methods = list(dict.fromkeys(row["method"] for row in rows))
+            baseline = "stock" if "stock" in methods else "fp8"
             lines += table(
                 [
                     "",
                     "Output tok/s",
-                    "Against stock",
+                    f"Against {baseline}",
                     "Preemptions",
                     "Peak at once",
                     "KV MiB per request",
                     "Compacting",
                     "Scheduling",
                 ],
-                [self._row(method, rows) for method in dict.fromkeys(r["method"] for r in rows)],
+                [self._row(method, baseline, rows) for method in methods],
             )
         return lines
 
-    def _row(self, method: str, rows: list[dict[str, Any]]) -> list[str]:
+    def _row(self, method: str, baseline: str, rows: list[dict[str, Any]]) -> list[str]:
         own = [row for row in rows if row["method"] == method]
 
         def median(key: str) -> float:
             return statistics.median(row[key] for row in own)
 
-        ratios = paired(rows, method, "stock", "output_tokens_per_second")
+        ratios = paired(rows, method, baseline, "output_tokens_per_second")
         return [
             f"`{method}`",
             f"{median('output_tokens_per_second'):.1f}",
@@ -190,11 +181,13 @@ class Throughput:
             f"{median('scheduling_share'):.1%}",
         ]
 
-    def _ratios(self, results: Results, own: str, base: str) -> list[float]:
+    def _ratios(
+        self, results: Results, shape: tuple[int, int] | None, own: str, base: str
+    ) -> list[float]:
         return [
             ratio
             for rows in grouped(results).values()
-            if (rows[0]["prompt_tokens"], rows[0]["output_tokens"]) == DECODE_HEAVY
+            if shape in (None, (rows[0]["prompt_tokens"], rows[0]["output_tokens"]))
             and rows[0]["pool"] == 2
             for ratio in paired(rows, own, base, "output_tokens_per_second")
         ]
