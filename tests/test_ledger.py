@@ -381,10 +381,10 @@ def let_chunks_pass(patch: pytest.MonkeyPatch) -> None:
 def skip_what_lacks_blocks(patch: pytest.MonkeyPatch) -> None:
     blocks = CompressedCoordinator.get_num_blocks_to_allocate
 
-    def carefree(coordinator: Any, name: str, *args: Any, **kw: Any) -> int:
+    def carefree(coordinator: Any, *args: Any, **kw: Any) -> int:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(coordinator.planner, "is_due", lambda name: False)
-            return blocks(coordinator, name, *args, **kw)
+            return blocks(coordinator, *args, **kw)
 
     patch.setattr(CompressedCoordinator, "get_num_blocks_to_allocate", carefree)
 
