@@ -89,8 +89,14 @@ class Planner:
 
     def is_due(self, request_id: str) -> bool:
         """Whether a request has yet to compact before it goes on; where not all could: waits."""
-        state = self._states.get(request_id)
-        return state is not None and state.is_due(self.requests[request_id].num_computed_tokens)
+        request, state = self.requests.get(request_id), self._states.get(request_id)
+        if request is None:
+            return False
+        if state is None:
+            if not request.num_computed_tokens:
+                return False
+            state = self.state(request)
+        return state.is_due(request.num_computed_tokens)
 
     def promised(self, besides: str, rows: Mapping[str, Sequence[KVCacheBlock]]) -> int:
         """Blocks that compressed requests will yet take before they give some back.
