@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo
+from bench.quality.jobs import Job, RowFile, make_jobs
 from bench.quality.options import UsageError, plan_of, run_parser, tasks_of
 from bench.quality.plan import Plan
 from bench.quality.report import write_report
 from bench.quality.rows import DURING, RowsError, read_rows
-from bench.quality.runner import Job, RowFile, Runner, make_jobs
+from bench.quality.runner import Runner
 from bench.quality.server import ServerError, serving
 from bench.quality.tasks import Task
 from bench.quality.tasks.case import TaskError, Tokenizer
