@@ -17,9 +17,10 @@ from quality_tools import MODEL, FakeServer, WordTokenizer, write_texts
 
 from bench.quality import __main__ as command
 from bench.quality.endpoint import Endpoint, EndpointError
+from bench.quality.jobs import RowFile, make_jobs
 from bench.quality.plan import FULL_PLAN, SHORT, Plan, Variant
 from bench.quality.rows import AFTER_PROMPT, DURING, FULL, STRICT, Row, RowsError, read_rows
-from bench.quality.runner import RowFile, Runner, make_jobs
+from bench.quality.runner import Runner
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.case import TaskError
 from bench.quality.tasks.texts import VARIABLE

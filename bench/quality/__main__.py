@@ -20,18 +20,17 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo
-from bench.quality.longbench.files import longbench_tasks
-from bench.quality.plan import ALL_METHODS, FULL_PLAN, LANGUAGE, SHORT, Plan
+from bench.quality.jobs import Job, RowFile, make_jobs
+from bench.quality.options import UsageError, plan_of, run_parser, tasks_of
+from bench.quality.plan import Plan
 from bench.quality.report import write_report
-from bench.quality.rows import DURING, PROTOCOLS, STRICT, RowsError, read_rows
-from bench.quality.runner import Job, RowFile, Runner, make_jobs
+from bench.quality.rows import DURING, RowsError, read_rows
+from bench.quality.runner import Runner
 from bench.quality.server import ServerError, serving
-from bench.quality.tasks import TASKS, Task
+from bench.quality.tasks import Task
 from bench.quality.tasks.case import TaskError, Tokenizer
 from bench.quality.tasks.texts import VARIABLE
 from vllm_kvcompress.bundled import MODEL_NAME, BundledModelError, model_directory
@@ -39,10 +38,6 @@ from vllm_kvcompress.methods import MERGING
 
 RESULTS = Path(__file__).parents[1] / "results"
 OWN_OPTIONS = ("--kvcompress-finished-requests", "0")
-
-
-class UsageError(ValueError):
-    """Arguments that cannot be used; the message is one sentence."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["report"]:
             return _report(arguments[1:])
-        return _run(_run_parser().parse_args(arguments))
+        return _run(run_parser(__doc__ or "").parse_args(arguments))
     except* (
         UsageError,
         EndpointError,
@@ -78,50 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except* KeyboardInterrupt:
         print("quality: stopped; the same command goes on from here.", file=sys.stderr)
     return 2
-
-
-def _run_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--short", action="store_true", help="the short version: one length, fewer cases")
-    add("--url", help="a running server; by default one is started")
-    add("--api-key", help="of that server (default: VLLM_API_KEY or OPENAI_API_KEY)")
-    add("--model", help="name at --url, or what to serve (default: the bundled model)")
-    add("--tokenizer", help="directory or hub name (default: what the server loaded)")
-    add("--dtype", default="bfloat16", help="of a server started here (default: %(default)s)")
-    add("--server-options", default="", metavar="'...'", help="more options of serve.py")
-    add("--variant", default="", help="name of such settings in the results")
-    add("--tasks", type=_names, help=f"of {', '.join(TASKS)} (default: all)")
-    add("--longbench", type=Path, metavar="DIR", help="LongBench's JSONL files, instead of --tasks")
-    add("--datasets", type=_names, default=(), help="of these files (default: all)")
-    add("--methods", type=_names, default=ALL_METHODS, help=f"of {', '.join(ALL_METHODS)}")
-    add("--shares", type=_floats, help="removed (default: 0.25,0.5,0.75,0.9)")
-    add("--protocols", type=_names, help=f"of {', '.join(PROTOCOLS)}")
-    add("--lengths", type=_integers, help="context lengths in tokens, for all tasks")
-    add("--count", type=int, help="cases of each task and length")
-    add("--chat", action="store_true", help="ask in the model's chat template")
-    add("--ask-failing", action="store_true", help="measure compression also on tasks that fail "
-        "with the full cache")  # fmt: skip
-    add("--seed", type=int, default=0)
-    add("--prune-after", type=int, default=1024, help=f"of {DURING} (default: %(default)s tokens)")
-    add("--texts", metavar="FILE:FILE", help="text files instead of Debian's packages")
-    add("--concurrency", type=int, default=8, help="requests at a time (default: %(default)s)")
-    add("--output", type=Path, help="result rows (default: bench/results/quality-MODEL.jsonl)")
-    add("--no-report", action="store_true", help="leave the table and the plots for later")
-    return parser
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in _names(text))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _names(text))
 
 
 def _report(arguments: Sequence[str]) -> int:
@@ -142,52 +93,11 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _plan(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
-    plan = SHORT if arguments.short else FULL_PLAN
-    protocols = arguments.protocols
-    for name in protocols or ():
-        if name not in PROTOCOLS:
-            raise UsageError(f"{name} is no protocol; allowed are {', '.join(PROTOCOLS)}.")
-    if DURING in (protocols or ()) and set(tasks) != {LANGUAGE}:
-        raise UsageError(f"{DURING} is for --tasks {LANGUAGE} only.")
-    for name in arguments.methods:
-        if name not in ALL_METHODS:
-            raise UsageError(f"{name} is no method; allowed are {', '.join(ALL_METHODS)}.")
-    shares = arguments.shares or plan.shares
-    if not all(0 < share < 1 for share in shares):
-        raise UsageError("--shares are shares removed: numbers between 0 and 1.")
-    if (arguments.count is not None and arguments.count < 1) or arguments.concurrency < 1:
-        raise UsageError("--count and --concurrency must be at least 1.")
-    return replace(
-        plan,
-        tasks={name: protocols or plan.tasks.get(name, (STRICT,)) for name in tasks},
-        lengths={"": arguments.lengths} if arguments.lengths else plan.lengths,
-        count=arguments.count or plan.count,
-        language_count=arguments.count or plan.language_count,
-        methods=arguments.methods,
-        shares=shares,
-        seed=arguments.seed,
-        prune_after=arguments.prune_after,
-        variant=arguments.variant,
-        chat=arguments.chat,
-        ask_failing=arguments.ask_failing,
-    )
-
-
-def _tasks(arguments: argparse.Namespace) -> dict[str, Task]:
-    if arguments.longbench:
-        return dict(longbench_tasks(arguments.longbench, arguments.datasets))
-    for name in arguments.tasks or ():
-        if name not in TASKS:
-            raise UsageError(f"{name} is no task; there are {', '.join(TASKS)}.")
-    return {name: TASKS[name] for name in arguments.tasks or TASKS}
-
-
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.texts:
         os.environ[VARIABLE] = arguments.texts
-    tasks = _tasks(arguments)
-    plan = _plan(arguments, tasks)
+    tasks = tasks_of(arguments)
+    plan = plan_of(arguments, tasks)
     output = arguments.output
     if arguments.url:
         output = asyncio.run(_ask(arguments, plan, tasks, arguments.url, plan.methods, output))
@@ -231,8 +141,7 @@ def _ask_own(
     log = output.with_suffix(f".{method.replace('+', '-')}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting serve.py {shlex.join(options)} (log: {log})", file=sys.stderr)
-    with ExitStack() as stack:
-        url = stack.enter_context(serving(arguments.model, options, log))
+    with serving(arguments.model, options, log) as url:
         asyncio.run(_ask(arguments, plan, tasks, url, methods, output))
     log.unlink()
 

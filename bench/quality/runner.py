@@ -10,174 +10,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TextIO
+from dataclasses import dataclass, field
+from typing import Any
 
 from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo, TokenScores
-from bench.quality.plan import LANGUAGE, LEAST_BASELINE, Plan, Variant
-from bench.quality.rows import (
-    DURING,
-    FULL,
-    OURS,
-    STRICT,
-    Row,
-    RowKey,
-    RowsError,
-    prompt_digest,
-    read_rows,
-)
-from bench.quality.tasks import Case, Task, prompt_ids
-from bench.quality.tasks.case import Prompt, TaskError, Tokenizer
+from bench.quality.jobs import Job, RowFile, worth_asking
+from bench.quality.plan import LANGUAGE, Plan, Variant
+from bench.quality.rows import DURING, FULL, OURS, STRICT, Row
 
 Progress = Callable[[int, int, str], None]
 """Told the cases done, those to do, and what was just done."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One case and what of it is still to be asked."""
-
-    task: Task
-    case: Case
-    prompt: Prompt
-    digest: str
-    variants: tuple[Variant, ...]
-
-
-class RowFile:
-    """Rows on disk: those of earlier runs, to which new ones are added line by line.
-
-    Parameters
-    ----------
-    path : Path
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[RowKey, Row] = {}
-        if path.is_file():
-            text = path.read_bytes()
-            if text and not text.endswith(b"\n"):  # the end of a run that was killed
-                path.write_bytes(text[: text.rfind(b"\n") + 1])
-            self.rows = {row.row_key: row for row in read_rows([path])}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def add(self, row: Row) -> None:
-        """Write a row at once, so that a killed run loses at most the one under way."""
-        self.rows[row.row_key] = row
-        self._file.write(row.line() + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def make_jobs(
-    plan: Plan,
-    tasks: Sequence[Task],
-    tokenizer: Tokenizer,
-    info: ServerInfo,
-    methods: Sequence[str],
-    done: RowFile,
-) -> list[Job]:
-    """Make the cases of a plan and find out what of them is still to be asked.
-
-    Parameters
-    ----------
-    plan : Plan
-    tasks : sequence of Task
-    tokenizer : Tokenizer
-    info : ServerInfo
-    methods : sequence of str
-        What this server is to be asked for, besides the full cache.
-    done : RowFile
-
-    Returns
-    -------
-    list of Job
-        Cases of which nothing is left to ask are not in it.
-
-    Raises
-    ------
-    RowsError
-        The file has rows of the same case with another prompt (other texts or tokenizer).
-    """
-    jobs = []
-    for task in tasks:
-        own = [
-            _job(plan, task, case, tokenizer, info, methods, done)
-            for tokens in plan.lengths_of(task.name)
-            for case in task.cases(plan.count_of(task.name), tokens, tokenizer, plan.seed)
-        ]
-        jobs += [job for job in _worth(own, plan, info, done) if job.variants]
-    return jobs
-
-
-def _job(
-    plan: Plan,
-    task: Task,
-    case: Case,
-    tokenizer: Tokenizer,
-    info: ServerInfo,
-    methods: Sequence[str],
-    done: RowFile,
-) -> Job:
-    chat = plan.chat and task.name != LANGUAGE
-    if chat:
-        case = replace(case, key=f"{case.key}-chat")
-    prompt = prompt_ids(case, tokenizer, chat)
-    digest = prompt_digest([*prompt.context, *prompt.question])
-    size = len(prompt.context) + len(prompt.question) + case.max_tokens
-    if info.max_tokens is not None and size > info.max_tokens:
-        raise TaskError(
-            f"{case.key} takes {size} tokens with its answer, and {info.model} is "
-            f"served with at most {info.max_tokens}; choose shorter --lengths."
-        )
-    left = []
-    for variant in plan.variants(task.name, methods):
-        row = done.rows.get(_row_key(plan, info, case, variant))
-        if row is None:
-            left.append(variant)
-        elif row.prompt != digest:
-            raise RowsError(
-                f"{done.path} has {case.key} with another prompt (other texts or "
-                "another tokenizer); name another --output."
-            )
-    return Job(task, case, prompt, digest, tuple(left))
-
-
-def _worth(jobs: Sequence[Job], plan: Plan, info: ServerInfo, done: RowFile) -> list[Job]:
-    """Jobs of one task, only their full cache if that is known to fail.
-
-    One that is not known yet may still turn out to fail.
-    """
-    if not jobs or plan.ask_failing or jobs[0].task.name == LANGUAGE:
-        return list(jobs)
-    protocol = plan.tasks[jobs[0].task.name][0]
-    keys = [_row_key(plan, info, job.case, Variant(FULL, 0.0, protocol)) for job in jobs]
-    rows = [done.rows[key] for key in keys if key in done.rows]
-    fails = sum(row.score for row in rows) < LEAST_BASELINE * len(rows)
-    if len(rows) < len(keys) or not fails:
-        return list(jobs)
-    return [
-        replace(job, variants=tuple(one for one in job.variants if one.method == FULL))
-        for job in jobs
-    ]
-
-
-def _row_key(plan: Plan, info: ServerInfo, case: Case, variant: Variant) -> RowKey:
-    return RowKey(
-        info.label,
-        OURS,
-        plan.variant,
-        variant.method,
-        variant.removed,
-        variant.protocol,
-        case.key,
-    )
 
 
 @dataclass
@@ -222,7 +64,7 @@ class Runner:
             own = [job for job in jobs if job.task.name == task]
             if task != LANGUAGE:
                 await self._each(own, self._ask_full)
-            worth = _worth(own, self.plan, self.info, self.done)
+            worth = worth_asking(own, self.plan, self.info, self.done)
             await self._each(worth, self._ask_others)
 
     async def _each(self, jobs: Sequence[Job], ask: Callable[[Job], Awaitable[None]]) -> None:
