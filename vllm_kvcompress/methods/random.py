@@ -17,7 +17,9 @@ class Random(Method):
     needs_keys: ClassVar[bool] = False
     same_for_all_layers: ClassVar[bool] = False
 
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+    def score(
+        self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Uniform numbers, ``[kv_heads, tokens]``, drawn for all heads of the model."""
         heads, tokens, _ = keys.shape
         if context.first_head + heads > context.total_heads:

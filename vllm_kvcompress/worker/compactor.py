@@ -152,10 +152,15 @@ class Compactor:
             return method.score_norms(pages.squared_norms(sources))
         scores = []
         for part in pages.slices(len(sources)):
+            layers = list(part.layers)
+            if method.needs_values:
+                assert method.same_for_all_layers, "no method needs values and tells layers apart"
+                keys, values = part.read_slots(sources)
+                scores.append(method.score(keys, self._context(plan, layers[0]), values))
+                continue
             keys = (
                 part.read_float_keys(sources) if method.needs_keys else part.no_keys(len(sources))
             )
-            layers = list(part.layers)
             if method.same_for_all_layers:
                 scores.append(method.score(keys, self._context(plan, layers[0])))
                 continue
