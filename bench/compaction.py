@@ -267,6 +267,8 @@ def page_bytes(settings: Settings, plan: CompactionPlan, half: int) -> int:
     sources, destinations = len(plan.sources), len(plan.destinations)
     if settings.method in MERGING:
         read = 2 * sources
+    elif METHODS[settings.method].needs_values:
+        read = 2 * sources + 2 * destinations
     elif METHODS[settings.method].needs_keys:
         read = sources + destinations
     else:

@@ -62,14 +62,16 @@ rotated keys, highest first, older first where equal:
 * ``knorm``: minus the L2 norm of the key;
 * ``keydiff``: minus the cosine between the key and the mean of the L2-normalised keys of all
   candidates (sinks included);
+* ``kvdiff``: the norm of the value minus that cosine, each less its mean over all candidates
+  and divided by its standard deviation (that of the population) over them;
 * ``streaming``: the order of age, the newest highest;
 * ``random``: the hash ``f(i * 0x9E3779B9 ^ key)`` of the candidate ``i``, in 32 bits, without
   its last 8. ``f`` is the finalizer of MurmurHash3. A head's key comes from the words ``seed``,
   ``seed >> 32``, ``layer``, ``t`` and ``head``: from 0 on, ``key = f(key + 0x9E3779B9 + word)``.
 
-Near ties are decided by rounding noise, and the plugin rounds the scores of ``knorm`` and
-``keydiff`` to 12 bits so that age decides them; the oracle does not. (They are not rare:
-rotation preserves norms, so in layer 0 all occurrences of one token tie in ``knorm``.)
+Near ties are decided by rounding noise, and the plugin rounds the scores of ``knorm``,
+``keydiff`` and ``kvdiff`` to 12 bits so that age decides them; the oracle does not. (They are
+not rare: rotation preserves norms, so in layer 0 all occurrences of one token tie in ``knorm``.)
 Compare with :func:`kept_sets_agree` and follow with ``forced_kept``.
 """
 
@@ -314,7 +316,11 @@ def planned_trajectory(
 
 
 def candidate_scores(
-    settings: Settings, keys: torch.Tensor, layer: int, position: int
+    settings: Settings,
+    keys: torch.Tensor,
+    layer: int,
+    position: int,
+    values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score the candidates of one layer.
 
@@ -326,6 +332,8 @@ def candidate_scores(
         ``[kv_heads, candidates, head_dim]``, float32, rotated, in age order.
     layer, position : int
         Seed the random method.
+    values : torch.Tensor or None
+        As ``keys``; only ``kvdiff`` needs them.
 
     Returns
     -------
@@ -340,6 +348,17 @@ def candidate_scores(
         mean = (keys / norms[..., None]).mean(1)
         dots = torch.einsum("htd,hd->ht", keys, mean)
         return -dots / (norms * mean.square().sum(-1).sqrt()[:, None])
+    if settings.method == "kvdiff":
+        assert values is not None
+        mean = (keys / norms[..., None]).mean(1)
+        dots = torch.einsum("htd,hd->ht", keys, mean)
+        cosines = dots / (norms * mean.square().sum(-1).sqrt()[:, None])
+        lengths = values.square().sum(-1).sqrt()
+        parts = []
+        for part in (lengths, cosines):
+            variance, average = torch.var_mean(part, dim=1, keepdim=True, correction=0)
+            parts.append((part - average) / variance.sqrt())
+        return parts[0] - parts[1]
     if settings.method == "streaming":
         return torch.arange(count).float().repeat(heads, 1)
     if settings.method == "random":
@@ -588,8 +607,9 @@ class DenseOracle:
         # nonzero is ordered by head, then position.
         live = self._alive[layer].nonzero()[:, 1].view(self.kv_heads, -1)
         candidates = live[:, base:stop]
-        keys = self._keys[layer].gather(1, candidates[..., None].expand(-1, -1, self.head_dim))
-        scores = candidate_scores(self.settings, keys, layer, compaction.position)
+        index = candidates[..., None].expand(-1, -1, self.head_dim)
+        keys, values = (cache[layer].gather(1, index) for cache in (self._keys, self._values))
+        scores = candidate_scores(self.settings, keys, layer, compaction.position, values)
         scores[:, : 0 if self._base else self.settings.sink_tokens] = math.inf
         chosen = candidates[best_candidates(scores, keep)].view(self.kv_heads, keep)
         compaction.candidates[layer] = candidates

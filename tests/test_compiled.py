@@ -235,7 +235,9 @@ def test_evicts(case: Case, method: str, destinations: list[int]) -> None:
 class Firsts(Method):
     """A method that kernels do not know."""
 
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+    def score(
+        self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return keys[..., 0]
 
 

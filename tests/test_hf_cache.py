@@ -93,6 +93,7 @@ def test_a_budget_never_reached_is_plain_generation(
 CASES: dict[str, dict[str, Any]] = {
     "knorm": {},
     "keydiff": {"method": "keydiff"},
+    "kvdiff": {"method": "kvdiff"},
     "random": {"method": "random", "seed": 3},
     "streaming": {"method": "streaming", "keep_ratio": 0.5, "budget": None},
     "merge": {"method": "merge"},

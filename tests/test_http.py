@@ -493,7 +493,7 @@ def ask_for(server: Server, path: str, xargs: Any, **added: Any) -> Any:
         ("kvcompress_budget", 513, "the server's max_budget allows up to 512"),
         ("kvcompress_budget", 96, "it must be at least 128"),
         ("kvcompress_keep_ratio", 0, "it must be a number above 0 and up to 1"),
-        ("kvcompress_method", "merge", "allowed are knorm, keydiff, streaming, random;"),
+        ("kvcompress_method", "merge", "allowed are knorm, keydiff, kvdiff, streaming, random;"),
         ("kvcompress_enabled", 2, "it must be 0 or 1"),
         ("kvcompress_prune_after", -1, "it must be a whole number of tokens from 0"),
         ("kvcompress_context_tokens", 5000, "the context is a part of it"),

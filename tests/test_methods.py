@@ -20,6 +20,7 @@ from vllm_kvcompress.methods import METHODS, Method, ScoreContext, select_tokens
 from vllm_kvcompress.methods.base import settle_near_ties
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import KNorm
+from vllm_kvcompress.methods.kvdiff import KVDiff
 from vllm_kvcompress.methods.random import Random
 from vllm_kvcompress.methods.streaming import Streaming
 from vllm_kvcompress.settings import Settings
@@ -38,6 +39,11 @@ def keys() -> torch.Tensor:
     """Random keys, ``[HEADS, TOKENS, HEAD_DIM]``, with a mean direction as real keys have."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(HEADS, TOKENS, HEAD_DIM, generator=generator) + 0.5
+
+
+def values_of(keys: torch.Tensor) -> torch.Tensor:
+    """Values of the shape of some keys, and of nothing else of them."""
+    return torch.randn(keys.shape, generator=torch.Generator().manual_seed(5))
 
 
 def assert_close(scores: torch.Tensor, expected: torch.Tensor) -> None:
@@ -62,9 +68,8 @@ def test_registered_name_is_a_method_and_a_setting(name):
 @pytest.mark.parametrize("shape", [(3, 50, 8), (1, 1, 2), (1, 16, 64), (8, 200, 64)])
 def test_scores_are_float32_per_head_and_token(name, shape):
     torch.manual_seed(0)
-    scores = METHODS[name]().score(
-        torch.randn(shape), ScoreContext(layer=0, position=300, total_heads=shape[0])
-    )
+    context = ScoreContext(layer=0, position=300, total_heads=shape[0])
+    scores = METHODS[name]().score(torch.randn(shape), context, torch.randn(shape))
     assert scores.shape == shape[:2]
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
@@ -72,13 +77,15 @@ def test_scores_are_float32_per_head_and_token(name, shape):
 
 @every_method
 def test_scores_are_deterministic_and_leave_the_keys_alone(name, keys):
-    before = keys.clone()
-    first = METHODS[name](seed=3).score(keys, CONTEXT)
+    values = values_of(keys)
+    before = keys.clone(), values.clone()
+    first = METHODS[name](seed=3).score(keys, CONTEXT, values)
     torch.manual_seed(99)
     torch.rand(5)
-    second = METHODS[name](seed=3).score(keys, CONTEXT)
+    second = METHODS[name](seed=3).score(keys, CONTEXT, values)
     assert torch.equal(first, second)
-    assert torch.equal(keys, before)
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
 
 
 @every_method
@@ -86,47 +93,61 @@ def test_scores_leave_the_global_generator_alone(name, keys):
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    METHODS[name]().score(keys, CONTEXT)
+    METHODS[name]().score(keys, CONTEXT, values_of(keys))
     assert torch.equal(torch.rand(4), expected)
 
 
 @every_method
 def test_scores_do_not_depend_on_strides(name, keys):
     strided = keys.transpose(0, 1).contiguous().transpose(0, 1)
-    scores = METHODS[name]().score(strided, CONTEXT)
-    assert_close(scores, METHODS[name]().score(keys, CONTEXT))
+    values = values_of(keys)
+    across = values.transpose(0, 1).contiguous().transpose(0, 1)
+    scores = METHODS[name]().score(strided, CONTEXT, across)
+    assert_close(scores, METHODS[name]().score(keys, CONTEXT, values))
 
 
 @every_method
 def test_ranks_of_tensor_parallelism_see_slices_of_the_whole(name, keys):
     """A rank that holds some heads keeps what a single rank would keep for them."""
     method = METHODS[name](seed=11)
-    whole = method.score(keys, CONTEXT)
+    values = values_of(keys)
+    whole = method.score(keys, CONTEXT, values)
     for first, last in ((0, 1), (1, 2), (2, 3), (0, 2), (1, 3)):
         context = dataclasses.replace(CONTEXT, first_head=first)
-        assert_close(method.score(keys[first:last], context), whole[first:last])
+        part = method.score(keys[first:last], context, values[first:last])
+        assert_close(part, whole[first:last])
 
 
 @every_method
-def test_method_that_needs_no_keys_never_reads_them(name, keys):
+def test_methods_read_what_they_say_they_need_and_nothing_else(name, keys):
     method = METHODS[name]()
+    values = values_of(keys)
+    scores = method.score(keys, CONTEXT, values)
+    unread = torch.full_like(keys, math.nan)
     if method.needs_keys:
-        changed = method.score(keys.flip(1), CONTEXT)
-        assert not torch.equal(changed, method.score(keys, CONTEXT))
+        assert not torch.equal(method.score(keys.flip(1), CONTEXT, values), scores)
     else:
-        unread = torch.full_like(keys, math.nan)
-        assert torch.equal(method.score(unread, CONTEXT), method.score(keys, CONTEXT))
+        assert torch.equal(method.score(unread, CONTEXT), scores)
+    if method.needs_values:
+        assert not torch.equal(method.score(keys, CONTEXT, values.flip(1)), scores)
+        with pytest.raises(ValueError, match="no values"):
+            method.score(keys, CONTEXT)
+    else:
+        assert torch.equal(method.score(keys, CONTEXT), scores)
+        assert torch.equal(method.score(keys, CONTEXT, unread), scores)
 
 
 @every_method
 def test_choice_is_that_of_the_independent_oracle(name, keys):
     settings = Settings(method=name, seed=2)
     try:
-        expected = candidate_scores(settings, keys, CONTEXT.layer, CONTEXT.position)
+        expected = candidate_scores(
+            settings, keys, CONTEXT.layer, CONTEXT.position, values_of(keys)
+        )
     except ValueError as unknown:
         pytest.skip(str(unknown))
     method = METHODS[name](seed=2)
-    scores = method.score(keys, CONTEXT)
+    scores = method.score(keys, CONTEXT, values_of(keys))
     expected[:, :4] = math.inf
     compaction = Compaction(
         position=CONTEXT.position,
@@ -184,6 +205,32 @@ def test_keydiff_ignores_lengths(keys):
 
 def test_keydiff_of_zero_keys_is_finite():
     assert KeyDiff().score(torch.zeros(1, 3, 2), ScoreContext(0, 3)).isfinite().all()
+
+
+def test_kvdiff_adds_both_in_standard_deviations():
+    # Unit keys at 0, 0, 90 and 180 degrees: cosines 0.7071 three times and -0.7071, whose mean
+    # is 0.3536 and standard deviation 0.6124. Norms 1, 2, 2, 1: 0.5 from their mean, all of them.
+    keys = torch.tensor([[[1.0, 0.0], [100.0, 0.0], [0.0, 0.01], [-3.0, 0.0]]])
+    values = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.2, 1.6], [0.6, 0.8]]])
+    scores = KVDiff().score(keys, ScoreContext(0, 4), values)
+    like, unlike = -math.sqrt(1 / 3), math.sqrt(3)
+    assert_close(scores, torch.tensor([[like - 1, like + 1, like + 1, unlike - 1]]))
+    assert scores[0, 1] == scores[0, 2]
+
+
+def test_kvdiff_ignores_the_scales_of_keys_and_values(keys):
+    values = values_of(keys)
+    scores = KVDiff().score(keys, CONTEXT, values)
+    torch.testing.assert_close(
+        KVDiff().score(keys * 7, CONTEXT, values * 0.03), scores, rtol=0, atol=1 / 4096
+    )
+
+
+def test_kvdiff_of_equal_tokens_is_zero_and_of_zeros_finite():
+    same = torch.rand(2, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 500, 8)
+    assert (KVDiff().score(same, ScoreContext(0, 500), same * 3) == 0).all()
+    zeros = torch.zeros(1, 3, 2)
+    assert (KVDiff().score(zeros, ScoreContext(0, 3), zeros) == 0).all()
 
 
 def test_streaming_keeps_sinks_and_the_most_recent(keys):
@@ -353,7 +400,10 @@ def test_select_tokens_at_its_edges():
 @hypothesis_settings(max_examples=50, deadline=None)
 def test_select_after_score_keeps_a_valid_set(name, keys, keep, sinks):
     sinks = min(sinks, keep)
-    scores = METHODS[name]().score(torch.from_numpy(keys), ScoreContext(0, 24, total_heads=2))
+    values = torch.from_numpy(keys).flip(1)
+    scores = METHODS[name]().score(
+        torch.from_numpy(keys), ScoreContext(0, 24, total_heads=2), values
+    )
     kept = select_tokens(scores, keep, sinks)
     assert kept.shape == (2, keep)
     assert (kept.diff(dim=-1) > 0).all()

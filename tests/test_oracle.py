@@ -27,7 +27,7 @@ from vllm_kvcompress.settings import parse_settings
 BLOCK = 32
 NUM_LAYERS = 30
 
-NEAR_TIE = {"knorm": 5e-4, "keydiff": 5e-4}
+NEAR_TIE = {"knorm": 5e-4, "keydiff": 5e-4, "kvdiff": 5e-4}
 """These methods round their scores to 12 bits; the oracle does not."""
 
 
@@ -59,6 +59,11 @@ CASES = {
         3,
         decoded=96,
     ),
+    "kvdiff-context-ratio": Case(
+        {"method": "kvdiff", "keep_ratio": 0.25, "recent_tokens": 16, "interval": 32},
+        2,
+        context=1509,
+    ),
     "knorm-512-during-prefill": Case(
         {
             "method": "knorm",
@@ -79,6 +84,11 @@ CASES = {
 }
 
 SLOW = {
+    "kvdiff-256-pyramid": Case(
+        {"method": "kvdiff", "budget": 256, "bands": 6, "pyramid_beta": 1.5, "interval": 16},
+        3,
+        decoded=96,
+    ),
     "keydiff-512-flat": Case({"method": "keydiff", "budget": 512}, 1),
     "keydiff-context-during-prefill": Case(
         {

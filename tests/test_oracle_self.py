@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 from fractions import Fraction
 
@@ -179,7 +180,7 @@ def masked_forward(
     torch.Tensor
         Log-probabilities, ``[tokens, vocab]``.
     list[torch.Tensor]
-        Rotated keys of each layer, ``[kv_heads, tokens, head_dim]``.
+        Rotated keys and values of each layer, ``[2, kv_heads, tokens, head_dim]``.
     """
     count = len(token_ids)
     groups = model.config.num_attention_heads // model.config.num_key_value_heads
@@ -213,19 +214,34 @@ def masked_forward(
     finally:
         for handle in handles:
             handle.remove()
-    return logits.log_softmax(-1), [layer.keys[0] for layer in cache.layers]
+    slots = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
+    return logits.log_softmax(-1), slots
 
 
 def brute_force_scores(
-    settings: Settings, keys: np.ndarray, layer: int, head: int, position: int, kv_heads: int
+    settings: Settings, slots: np.ndarray, layer: int, head: int, position: int, kv_heads: int
 ) -> list[float]:
-    """Scores of one head's candidates, ``[candidates, head_dim]``, token by token in float64."""
+    """Scores of one head's candidates, token by token in float64.
+
+    ``slots`` are their keys and values, ``[2, candidates, head_dim]``.
+    """
+    keys, values = slots
     if settings.method == "knorm":
         return [-math.sqrt(sum(x * x for x in key)) for key in keys]
     if settings.method == "keydiff":
         units = [key / math.sqrt(sum(key * key)) for key in keys]
         mean = sum(units) / len(units)
         return [-float(unit @ mean) / math.sqrt(sum(mean * mean)) for unit in units]
+    if settings.method == "kvdiff":
+        units = [key / math.sqrt(sum(key * key)) for key in keys]
+        mean = sum(units) / len(units)
+        cosines = [float(unit @ mean) / math.sqrt(sum(mean * mean)) for unit in units]
+        lengths = [math.sqrt(sum(value * value)) for value in values]
+        return [
+            (length - statistics.fmean(lengths)) / statistics.pstdev(lengths)
+            - (cosine - statistics.fmean(cosines)) / statistics.pstdev(cosines)
+            for length, cosine in zip(lengths, cosines, strict=True)
+        ]
     if settings.method == "streaming":
         return list(range(len(keys)))
     key = 0
@@ -247,7 +263,7 @@ def murmur_finalizer(word: int) -> int:
 RATIO = {"keep_ratio": 0.6, "pyramid_beta": 2.0, "skip_layers": (1,)}
 CASES = [
     (method, phase, changes)
-    for method in ("knorm", "keydiff", "streaming", "random")
+    for method in ("knorm", "keydiff", "kvdiff", "streaming", "random")
     for phase in ("after_prefill", "during_prefill", "decode")
     for changes in ({}, {"pyramid_beta": 3.0, "seed": 7}, RATIO)
     if not (phase == "decode" and changes is RATIO)
@@ -264,7 +280,7 @@ def test_compressed_run_is_masked_hugging_face(method, phase, changes, model, pr
     assert len(result.compactions) >= 2
 
     token_ids = prompt + result.tokens
-    logprobs, keys = masked_forward(model, token_ids, result.compactions)
+    logprobs, slots = masked_forward(model, token_ids, result.compactions)
     expected = logprobs[PROMPT_LENGTH - 1 : -1]
     torch.testing.assert_close(result.logprobs, expected, atol=1e-4, rtol=0)
 
@@ -282,7 +298,7 @@ def test_compressed_run_is_masked_hugging_face(method, phase, changes, model, pr
                 candidates = tokens[base : base + count]
                 scores = brute_force_scores(
                     settings,
-                    keys[layer][head, candidates].double().numpy(),
+                    slots[layer][:, head, candidates].double().numpy(),
                     layer,
                     head,
                     compaction.position,

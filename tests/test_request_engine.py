@@ -157,7 +157,10 @@ def test_what_cannot_be_is_refused_before_the_engine(tiny_llama: Path) -> None:
         for own, said in [
             ({"budget": 10}, "kvcompress_budget=10"),
             ({"context_tokens": len(prompt) + 1}, f"the prompt has {len(prompt)} tokens"),
-            ({"method": "knorm+merge"}, "allowed are knorm, keydiff, streaming, random, merge;"),
+            (
+                {"method": "knorm+merge"},
+                "allowed are knorm, keydiff, kvdiff, streaming, random, merge;",
+            ),
         ]:
             with pytest.raises(VLLMValidationError, match=said) as raised:
                 engine.generate([prompt], 4, [own])

@@ -37,8 +37,8 @@ class Settings(BaseModel):
 
     method: str = Field(
         "knorm",
-        description="Method: knorm, keydiff, streaming or random evict tokens, merge pools old "
-        "ones, knorm+merge pools those that knorm would evict; none is stock vLLM.",
+        description="Method: knorm, keydiff, kvdiff, streaming or random evict tokens, merge pools "
+        "old ones, knorm+merge pools those that knorm would evict; none is stock vLLM.",
     )
     budget: int | None = Field(
         None,

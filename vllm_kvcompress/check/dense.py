@@ -78,8 +78,10 @@ def compute(model: Any, token_ids: Sequence[int]) -> Context:
 
 def layer_scores(context: Context, method: Method, layer: int, shape: Shape) -> torch.Tensor:
     """Scores ``[kv_heads, candidates]`` of the tokens before the recent window."""
-    keys = context.keys[layer][:, : max(context.tokens - shape.recent, 0)].float()
-    return method.score(keys, ScoreContext(layer, context.tokens, 0, keys.shape[0]))
+    old = slice(0, max(context.tokens - shape.recent, 0))
+    keys = context.keys[layer][:, old].float()
+    values = context.values[layer][:, old].float() if method.needs_values else None
+    return method.score(keys, ScoreContext(layer, context.tokens, 0, keys.shape[0]), values)
 
 
 def kept_tokens(removed: float, tokens: int, shape: Shape) -> int:

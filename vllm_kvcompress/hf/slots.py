@@ -93,7 +93,8 @@ class Evict:
     def __call__(self, slots: Slots, keep: int, sinks: int, context: ScoreContext) -> Slots:
         """Slots kept, ``[kv_heads, keep, ...]``, in age order."""
         keys = slots.keys.float() if self.method.needs_keys else slots.keys
-        kept = select_tokens(self.method.score(keys, context), keep, sinks)
+        values = slots.values.float() if self.method.needs_values else None
+        kept = select_tokens(self.method.score(keys, context, values), keep, sinks)
         return Slots(
             take_tokens(slots.keys, kept),
             take_tokens(slots.values, kept),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm_kvcompress.methods.base import Method, NormMethod, ScoreContext
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import KNorm
+from vllm_kvcompress.methods.kvdiff import KVDiff
 from vllm_kvcompress.methods.pooling import POOLINGS
 from vllm_kvcompress.methods.random import Random
 from vllm_kvcompress.methods.select import select_tokens, take_tokens
@@ -13,6 +14,7 @@ from vllm_kvcompress.methods.streaming import Streaming
 METHODS: dict[str, type[Method]] = {
     "knorm": KNorm,
     "keydiff": KeyDiff,
+    "kvdiff": KVDiff,
     "streaming": Streaming,
     "random": Random,
 }

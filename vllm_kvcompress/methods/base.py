@@ -43,13 +43,18 @@ class Method(ABC):
     needs_keys: ClassVar[bool] = True
     """Whether :meth:`score` reads the keys, not only their shape."""
 
+    needs_values: ClassVar[bool] = False
+    """Whether :meth:`score` reads the values."""
+
     same_for_all_layers: ClassVar[bool] = True
     """Whether :meth:`score` ignores layer and heads, so that layers can be scored together."""
 
     seed: int = 0
 
     @abstractmethod
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+    def score(
+        self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Score the cached tokens of one layer of one request.
 
         Parameters
@@ -60,6 +65,8 @@ class Method(ABC):
             Only the shape is meaningful where ``needs_keys`` is false.
         context : ScoreContext
             Layer, position and heads.
+        values : torch.Tensor or None
+            As ``keys``; given where ``needs_values`` is true.
 
         Returns
         -------
@@ -76,7 +83,9 @@ class NormMethod(Method):
     def score_norms(self, squared_norms: torch.Tensor) -> torch.Tensor:
         """Score tokens by the squared L2 norms of their keys, both ``[..., tokens]``, float32."""
 
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+    def score(
+        self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores by norm, ``[kv_heads, tokens]``."""
         return self.score_norms(torch.linalg.vecdot(keys, keys))
 

@@ -18,11 +18,17 @@ from vllm_kvcompress.methods.base import Method, ScoreContext
 class KeyDiff(Method):
     """Keep the tokens whose keys point furthest away from the mean key direction."""
 
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+    def score(
+        self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Negative cosine to the mean of the unit keys, ``[kv_heads, tokens]``."""
-        # Products instead of a copy of all keys at unit length.
-        inverse = torch.linalg.vecdot(keys, keys).sqrt().clamp_min(1e-12).reciprocal()
-        mean = F.normalize(inverse.unsqueeze(-2) @ keys, dim=-1)
-        cosine = (mean @ keys.transpose(-2, -1)).squeeze(-2) * inverse
         # Coarser than rounding noise, which is absolute here, so that position decides ties.
-        return torch.round(cosine * -4096) / 4096
+        return torch.round(cosine_to_mean(keys) * -4096) / 4096
+
+
+def cosine_to_mean(keys: torch.Tensor) -> torch.Tensor:
+    """Cosine of keys ``[..., tokens, dim]`` to the mean of the unit keys, ``[..., tokens]``."""
+    # Products instead of a copy of all keys at unit length.
+    inverse = torch.linalg.vecdot(keys, keys).sqrt().clamp_min(1e-12).reciprocal()
+    mean = F.normalize(inverse.unsqueeze(-2) @ keys, dim=-1)
+    return (mean @ keys.transpose(-2, -1)).squeeze(-2) * inverse

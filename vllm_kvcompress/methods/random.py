@@ -25,7 +25,9 @@ class Random(Method):
     needs_keys: ClassVar[bool] = False
     same_for_all_layers: ClassVar[bool] = False
 
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+    def score(
+        self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Uniform numbers, ``[kv_heads, tokens]``."""
         heads, tokens, _ = keys.shape
         own = torch.tensor(self.keys_of_heads(context, heads)).to(keys.device, non_blocking=True)

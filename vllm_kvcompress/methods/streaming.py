@@ -20,7 +20,9 @@ class Streaming(Method):
 
     needs_keys: ClassVar[bool] = False
 
-    def score(self, keys: torch.Tensor, context: ScoreContext) -> torch.Tensor:
+    def score(
+        self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Age order, ``[kv_heads, tokens]``: newer is higher."""
         heads, tokens, _ = keys.shape
         order = torch.arange(tokens, dtype=torch.float32, device=keys.device)

@@ -115,8 +115,13 @@ class BandPages:
             return method.score_norms(self.squared_norms(blocks))
         scores = []
         for part in self.slices(len(blocks)):
-            keys = part.read_float_keys(blocks) if method.needs_keys else part.no_keys(len(blocks))
             layers = list(part.layers)
+            if method.needs_values:
+                assert method.same_for_all_layers, "no method needs values and tells layers apart"
+                keys, values = part.read_slots(blocks)
+                scores.append(method.score(keys, context(layers[0]), values))
+                continue
+            keys = part.read_float_keys(blocks) if method.needs_keys else part.no_keys(len(blocks))
             if method.same_for_all_layers:
                 scores.append(method.score(keys, context(layers[0])))
                 continue
