@@ -257,7 +257,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
 def campaign(examples: int, steps: int, **options: Any) -> None:
     """Run the machine; hypothesis raises the smallest failure it finds."""
-    SEEN.clear()
     run_state_machine_as_test(
         LedgerMachine,
         settings=settings(
@@ -270,8 +269,8 @@ def campaign(examples: int, steps: int, **options: Any) -> None:
     )
 
 
-def assert_saw_everything() -> None:
-    """A campaign that never met a situation proves nothing about it."""
+def unseen() -> list[str]:
+    """Situations that no campaign met so far: they prove nothing about these."""
     situations = """
         plans, hits, clipped hits, replays, preemptions, waits, dropped plans, aborts, resets,
         in place, in place once hashed, into fresh blocks, shared sources, larger than the pool,
@@ -290,8 +289,7 @@ def assert_saw_everything() -> None:
             wanted += [f"{kind}: {name}" for name in names(of_merging)]
         if "count" in kind:
             wanted.append(f"{kind}: in place of pooled blocks")
-    missing = [name for name in wanted if not SEEN[name]]
-    assert not missing, missing
+    return [name for name in wanted if not SEEN[name]]
 
 
 def names(text: str) -> list[str]:
@@ -299,16 +297,23 @@ def names(text: str) -> list[str]:
 
 
 def test_ledger() -> None:
+    SEEN.clear()
     campaign(2000, 30, derandomize=True)
-    assert_saw_everything()
+    # Which examples these are changes with any source file, and rare situations come in
+    # clusters: where one was not among them there are more examples, not fewer situations.
+    for _ in range(3):
+        if unseen():
+            campaign(700, 30, database=None)
+    assert not unseen()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ledger_for_100_000_steps() -> None:
+    SEEN.clear()
     campaign(1500, 100)
     assert SEEN["rules"] >= 100_000
-    assert_saw_everything()
+    assert not unseen()
 
 
 # -- the machine must be able to fail -----------------------------------------------------
