@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from bench.reference.decode import greedy
 from bench.reference.fixtures import story
-from bench.reference.model import load
+from bench.reference.model import load, stop_tokens
 from bench.reference.prefill import Prefill
 from bench.reference.presses import PRESSES, make_press
 from bench.reference.shares import kept_tokens
@@ -63,7 +63,7 @@ def main() -> int:
             answers += pipe._forward(ids, max_new_tokens=COUNT, press=press)
             print(f"{name} {share}: cache {'same' if same else 'DIFFERENT'}")
             different += not same
-        batch = greedy(model, caches, question, len(context), COUNT, frozenset())
+        batch = greedy(model, caches, question, len(context), COUNT, stop_tokens(model))
         for name, tokens, answer in zip(PRESSES, batch, answers, strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             print(f"{name} {share}: {text!r} {'same' if text == answer else answer}")

@@ -22,3 +22,9 @@ def load(directory: Path, dtype: str = "float32") -> tuple[PreTrainedModel, Any]
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     return model.eval(), AutoTokenizer.from_pretrained(directory)
+
+
+def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end an answer."""
+    found = model.generation_config.eos_token_id
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from bench.reference.about import about
 from bench.reference.decode import greedy, likelihood
 from bench.reference.files import open_at_end, read_lines
-from bench.reference.model import load
+from bench.reference.model import load, stop_tokens
 from bench.reference.prefill import KeysValues, Prefill
 from bench.reference.presses import PRESSES, make_press
 from bench.reference.shares import kept_tokens
@@ -120,7 +120,7 @@ def rows(question: Question, asks: Sequence[Ask], tokenizer: Any) -> Iterator[di
     ------
     dict
     """
-    case, stop = question.case, _stop_tokens(question.model)
+    case, stop = question.case, stop_tokens(question.model)
     for share in sorted({removed for _, removed in asks}):
         group = [ask for ask in asks if ask[1] == share]
         kept = question.kept(share) / len(question.compressed_ids)
@@ -135,11 +135,6 @@ def rows(question: Question, asks: Sequence[Ask], tokenizer: Any) -> Iterator[di
         for ask, answer in zip(group, question.answers(group, stop), strict=True):
             text = tokenizer.decode(answer, skip_special_tokens=True)
             yield {"method": ask[0], "removed": share, "kept": kept, "prediction": text}
-
-
-def _stop_tokens(model: PreTrainedModel) -> frozenset[int]:
-    found = model.generation_config.eos_token_id
-    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
