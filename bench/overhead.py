@@ -42,10 +42,13 @@ class Overhead:
         """Run the engines of a case side by side."""
         from bench.engines import make_prompts
         from bench.pairing import in_turn
+        from bench.prefilled import prefilled
 
         about = case.parameters
         engines = getattr(self, f"_{about['kind']}")(about)
         prompts = make_prompts(about["batch"], about["prompt_tokens"])
+        for engine in engines.values():
+            prefilled(engine, about["batch"])
         in_turn(engines, prompts, 4)
         base = next(iter(engines))
         ratios: dict[str, list[float]] = {name: [] for name in engines}
@@ -119,6 +122,7 @@ class Overhead:
         lines = [
             "Steps in which a batch decodes, of engines that share a process and take their steps "
             "in turn: the ratio of a round is the median over pairs of steps of equal number. "
+            "Prompts are not computed: the pages hold random numbers. "
             "`not installed` was made before the plugin was loaded.",
             *target_lines(
                 [

@@ -35,7 +35,13 @@ def line_plot(
         axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=5, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if log:
+        from matplotlib.ticker import LogFormatter
+
         axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            # Numbers between the powers of ten too, where there are few of these.
+            axis.set_major_formatter(LogFormatter())
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

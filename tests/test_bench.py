@@ -101,3 +101,14 @@ def test_compaction_prints_tables(compaction: Path) -> None:
     assert "python -m bench.compaction --quick" in table
     assert "| `merge, mean` |" in table
     assert "| two blocks into one |" in table
+
+
+def test_the_suite_reports_and_draws_compactions(compaction: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the bench extra")
+    from bench.pages import Compaction
+
+    results = {"quick, SmolLM2": json.loads(compaction.read_text())}
+    text = "\n".join(Compaction().report(results))
+    assert "| `merge, mean` |" in text and "From 256 to 512 tokens, 2.0 times as many" in text
+    plots = Compaction().plots(results, tmp_path)
+    assert len(plots) == 3 and all(plot.stat().st_size > 10_000 for plot in plots)
