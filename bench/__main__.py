@@ -16,11 +16,11 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.child import CaseFailed, run_apart
-from bench.registry import SCENARIOS, available, scenario
-from bench.report import write_report
-from bench.store import RESULTS, Store, StoreError
-from bench.suite import Case, Options
+from bench.harness.child import CaseFailed, run_apart
+from bench.harness.registry import SCENARIOS, available, scenario
+from bench.harness.report import write_report
+from bench.harness.store import RESULTS, Store, StoreError
+from bench.harness.suite import Case, Options
 
 
 def shapes(text: str) -> tuple[tuple[int, int], ...]:

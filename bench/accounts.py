@@ -23,8 +23,8 @@ from typing import Any
 
 import httpx
 
-from bench.engines import make_engine, make_prompts, run, scheduler_of
-from bench.machine import ROOT, in_its_own_process, machine, spread
+from bench.harness.engines import make_engine, make_prompts, run, scheduler_of
+from bench.harness.machine import ROOT, in_its_own_process, machine, spread
 
 BATCH = 32
 VIEWERS = 5

@@ -46,8 +46,8 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from bench.engines import BLOCK_SIZE, make_engine
-from bench.machine import in_its_own_process, machine
+from bench.harness.engines import BLOCK_SIZE, make_engine
+from bench.harness.machine import in_its_own_process, machine
 from vllm_kvcompress.bundled import model_directory
 
 CONTENDERS: dict[str, dict[str, Any]] = {

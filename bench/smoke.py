@@ -15,8 +15,15 @@ import statistics
 import sys
 from typing import Any
 
-from bench.engines import BLOCK_SIZE, make_engine, make_prompts, run, scheduler_of, timed_steps
-from bench.machine import allocator, in_its_own_process, machine, spread
+from bench.harness.engines import (
+    BLOCK_SIZE,
+    make_engine,
+    make_prompts,
+    run,
+    scheduler_of,
+    timed_steps,
+)
+from bench.harness.machine import allocator, in_its_own_process, machine, spread
 
 KV_BYTES = 192 << 20
 

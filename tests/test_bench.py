@@ -105,7 +105,7 @@ def test_compaction_prints_tables(compaction: Path) -> None:
 
 def test_the_suite_reports_and_draws_compactions(compaction: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need the bench extra")
-    from bench.pages import Compaction
+    from bench.scenarios.pages import Compaction
 
     results = {"quick, SmolLM2": json.loads(compaction.read_text())}
     text = "\n".join(Compaction().report(results))

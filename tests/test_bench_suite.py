@@ -15,16 +15,16 @@ pytest.importorskip("matplotlib", reason="plots need the bench extra")
 from test_bench import ROOT, numbers, run
 
 from bench import __main__ as command
-from bench.capacity import largest
-from bench.child import CaseFailed
-from bench.contenders import contender, with_budgets
-from bench.latency import Latency
-from bench.overhead import Overhead
-from bench.pairing import in_turn
-from bench.registry import available, scenario
-from bench.store import Store, StoreError
-from bench.suite import Case, Options
-from bench.throughput import Throughput, paired
+from bench.harness.child import CaseFailed
+from bench.harness.contenders import contender, with_budgets
+from bench.harness.pairing import in_turn
+from bench.harness.registry import available, scenario
+from bench.harness.store import Store, StoreError
+from bench.harness.suite import Case, Options
+from bench.scenarios.capacity import largest
+from bench.scenarios.latency import Latency
+from bench.scenarios.overhead import Overhead
+from bench.scenarios.throughput import Throughput, paired
 
 OWN = ("throughput", "serving", "capacity", "latency", "overhead", "compaction")
 SECONDS = {"stock": 100.0, "knorm/8": 25.0, "knorm/2": 80.0, "fp8": 60.0, "knorm+fp8/4": 30.0}
@@ -201,7 +201,7 @@ class StubEngine:
 
 
 def test_steps_are_taken_in_turn_and_only_decoding_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.pairing.greedy", lambda tokens: Bag(max_tokens=tokens))
+    monkeypatch.setattr("bench.harness.pairing.greedy", lambda tokens: Bag(max_tokens=tokens))
     calls: list[str] = []
     engines = {name: StubEngine(name, calls) for name in "ab"}
     courses = in_turn(engines, ["one", "two"], 5)
@@ -252,8 +252,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(command, "run_apart", run_apart)
     monkeypatch.setattr(command, "available", lambda: ["toy"])
     monkeypatch.setattr(command, "scenario", lambda name: Toy())
-    monkeypatch.setattr("bench.report.available", lambda: ["toy"])
-    monkeypatch.setattr("bench.report.scenario", lambda name: Toy())
+    monkeypatch.setattr("bench.harness.report.available", lambda: ["toy"])
+    monkeypatch.setattr("bench.harness.report.scenario", lambda name: Toy())
     return ran
 
 

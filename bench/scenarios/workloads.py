@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     shape : tuple of int
         Prompt and output tokens of a request.
     pools, methods
-        As in :class:`bench.suite.Options`.
+        As in :class:`bench.harness.suite.Options`.
     requests : int
         All at once.
     """

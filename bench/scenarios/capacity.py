@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import STOCK, contender, with_budgets
-from bench.plotting import line_plot
-from bench.report import table
-from bench.suite import Case, Options, Results
+from bench.harness.contenders import STOCK, contender, with_budgets
+from bench.harness.plotting import line_plot
+from bench.harness.report import table
+from bench.harness.suite import Case, Options, Results
 
 LONGEST = 131_072
 """Prompts are not tried beyond this many tokens."""
@@ -115,8 +115,8 @@ def _workload(case: dict[str, Any]) -> str:
 
 def capacity(about: dict[str, Any], method: str) -> dict[str, Any]:
     """What one contender serves; searched by halves, with a new scheduler for every try."""
-    from bench.engines import BLOCK_SIZE, Geometry
-    from bench.simulated import Refused, serve, simulated_scheduler
+    from bench.harness.engines import BLOCK_SIZE, Geometry
+    from bench.harness.simulated import Refused, serve, simulated_scheduler
 
     prompt, output = about["prompt_tokens"], about["output_tokens"]
     side = contender(method, prompt + output)

@@ -16,8 +16,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.contenders import Contender
-from bench.machine import ROOT
+from bench.harness.contenders import Contender
+from bench.harness.machine import ROOT
 
 SERVED_NAME = "bench"
 START_SECONDS = 300

@@ -1,13 +1,13 @@
 """Scenario 6: memory and concurrency of larger models on paper, checked by simulation.
 
-    python -m bench.scale            # about 20 minutes
-    python -m bench.scale --quick    # a few requests, only to see that it works
+    python -m bench.scenarios.scale            # about 20 minutes
+    python -m bench.scenarios.scale --quick    # a few requests, only to see that it works
 
 No large model and no GPU is involved. On paper: KV memory from the sizes of weights and cache, and
 the number of requests that it holds from what each holds on average. By simulation: vLLM's real
 scheduler, stock or ours, with the blocks that vLLM itself makes of that memory, runs 10,000
-requests against a worker that computes nothing (:mod:`bench.fake_engine`). Steps have no duration:
-this says how many requests run at once and what is preempted, and nothing about speed.
+requests against a worker that computes nothing (:mod:`bench.harness.fake_engine`). Steps have no
+duration: this says how many requests run at once and what is preempted, and nothing about speed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.alone import run_alone
-from bench.paper import (
+from bench.harness.alone import run_alone
+from bench.harness.plotting import line_plot
+from bench.harness.report import table
+from bench.harness.suite import Case, Options, Results
+from bench.scenarios.paper import (
     BLOCK_SIZE,
     GPU_BYTES,
     INTERVAL,
@@ -31,9 +34,6 @@ from bench.paper import (
     draw,
     on_paper,
 )
-from bench.plotting import line_plot
-from bench.report import table
-from bench.suite import Case, Options, Results
 
 FILLED = 4
 """Times as many requests as run at once, for the pool to be full while the middle ones end."""
@@ -171,7 +171,7 @@ def simulate(
     lengths : sequence of (int, int)
         Prompt and output tokens of the requests.
     """
-    from bench import fake_engine
+    from bench.harness import fake_engine
 
     longest = max(prompt + output for prompt, output in lengths)
     engine = fake_engine.Engine(

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.worker.utils import AttentionGroup
 
-from bench.fake_engine import Engine, Model, layer_specs, vllm_config
+from bench.harness.fake_engine import Engine, Model, layer_specs, vllm_config
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
 from vllm_kvcompress.attention.holes import HoleCounts
 

@@ -1,8 +1,8 @@
 """What a scenario of the suite is: cases that are run one by one, a report and plots.
 
-A scenario is a class in a module of its own, named in :mod:`bench.registry`. Its cases are the
-units that are kept when a run is interrupted. Each runs in an interpreter of its own, with no
-engine before it; contenders of one comparison are neighbours in the list of cases, in an order
+A scenario is a class in a module of its own, named in :mod:`bench.harness.registry`. Its cases
+are the units that are kept when a run is interrupted. Each runs in an interpreter of its own, with
+no engine before it; contenders of one comparison are neighbours in the list of cases, in an order
 that turns from repeat to repeat, or share one case.
 """
 
@@ -30,7 +30,7 @@ class Options:
     model : str
         Directory or name; the bundled model if empty.
     methods : tuple of str
-        Contenders, as in :mod:`bench.contenders`; the scenario's own if empty.
+        Contenders, as in :mod:`bench.harness.contenders`; the scenario's own if empty.
     budgets : tuple of int
         Tokens, instead of the scenario's own.
     shapes : tuple of (int, int)
@@ -100,7 +100,7 @@ class Target(NamedTuple):
 
 def target_lines(targets: list[Target]) -> list[str]:
     """Table of targets; those of which nothing was measured are left out."""
-    from bench.machine import spread
+    from bench.harness.machine import spread
 
     rows = []
     for target in targets:
@@ -119,7 +119,7 @@ def target_lines(targets: list[Target]) -> list[str]:
 
 def ratio_text(ratios: tuple[float, ...] | list[float]) -> str:
     """Median of ratios, and their spread if there are several."""
-    from bench.machine import spread
+    from bench.harness.machine import spread
 
     found = spread(ratios)
     text = f"{found['median']:.3g}"

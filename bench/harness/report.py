@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.registry import available, scenario
-from bench.store import Store
+from bench.harness.registry import available, scenario
+from bench.harness.store import Store
 
 
 def write_report(store: Store) -> Path:

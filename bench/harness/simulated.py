@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from bench.engines import BLOCK_SIZE, Geometry, model_or_bundled
+from bench.harness.engines import BLOCK_SIZE, Geometry, model_or_bundled
 
 
 class Refused(RuntimeError):

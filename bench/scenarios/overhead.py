@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.plotting import line_plot
-from bench.report import table
-from bench.suite import Case, Options, Results, Target, ratio_text, target_lines
+from bench.harness.plotting import line_plot
+from bench.harness.report import table
+from bench.harness.suite import Case, Options, Results, Target, ratio_text, target_lines
 
 GROUPS = (1, 6, 15, 30)
 IDLE_BUDGET = 4096
@@ -40,9 +40,9 @@ class Overhead:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Run the engines of a case side by side."""
-        from bench.engines import make_prompts
-        from bench.pairing import in_turn
-        from bench.prefilled import prefilled
+        from bench.harness.engines import make_prompts
+        from bench.harness.pairing import in_turn
+        from bench.harness.prefilled import prefilled
 
         about = case.parameters
         engines = getattr(self, f"_{about['kind']}")(about)
@@ -68,7 +68,7 @@ class Overhead:
         }
 
     def _engine(self, about: dict[str, Any], settings: dict[str, Any] | None) -> Any:
-        from bench.engines import BLOCK_SIZE, Geometry, make_engine
+        from bench.harness.engines import BLOCK_SIZE, Geometry, make_engine
 
         tokens = about["prompt_tokens"] + about["output_tokens"] + 2 * BLOCK_SIZE
         size = Geometry.of(about["model"]).pool_bytes(about["batch"] + 1, tokens)
@@ -94,7 +94,7 @@ class Overhead:
     def _accounts(self, about: dict[str, Any]) -> dict[str, Any]:
         """Two engines with frequent compactions, one of them without accounts."""
         from bench.accounts import SETTINGS, NoAccounts
-        from bench.engines import scheduler_of
+        from bench.harness.engines import scheduler_of
 
         settings = {**SETTINGS, "budget": 128, "interval": 32}
         engines = {name: self._engine(about, settings) for name in ("without accounts", "accounts")}
@@ -104,7 +104,7 @@ class Overhead:
 
     def _groups(self, about: dict[str, Any]) -> dict[str, Any]:
         """Stock vLLM, and compression that never begins, in ever more KV cache groups."""
-        from bench.engines import Geometry, scheduler_of
+        from bench.harness.engines import Geometry, scheduler_of
 
         layers = Geometry.of(about["model"]).layers
         engines = {"stock": self._engine(about, None)}

@@ -1,9 +1,9 @@
 """Scenario 4b: what the scheduler's side of a step costs, per request, as requests and groups grow.
 
-    python -m bench.scheduler            # about 10 minutes
-    python -m bench.scheduler --quick    # a few steps, only to see that it works
+    python -m bench.scenarios.scheduler            # about 10 minutes
+    python -m bench.scenarios.scheduler --quick    # a few steps, only to see that it works
 
-The schedulers are real, the worker is simulated (:mod:`bench.fake_engine`). A step is
+The schedulers are real, the worker is simulated (:mod:`bench.harness.fake_engine`). A step is
 ``schedule()`` and ``update_from_output()`` of a batch that decodes. Contenders share a process and
 take their steps in turn: stock vLLM with the one KV cache group that it makes, stock vLLM with as
 many groups as ours, ours where no request reaches its threshold, and ours where every request
@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.alone import run_alone
-from bench.plotting import line_plot
-from bench.report import table
-from bench.suite import Case, Options, Results, Target, target_lines
+from bench.harness.alone import run_alone
+from bench.harness.plotting import line_plot
+from bench.harness.report import table
+from bench.harness.suite import Case, Options, Results, Target, target_lines
 
 TARGET = 20.0
 """Microseconds per request and step at 256 requests."""
@@ -157,7 +157,7 @@ class Lane:
     def __init__(
         self, settings: dict[str, Any] | None, groups: int, requests: int, steps: int
     ) -> None:
-        from bench import fake_engine
+        from bench.harness import fake_engine
 
         self.answer = fake_engine.answer
         model = fake_engine.Model(LAYERS, kv_heads=3, head_size=64)
@@ -255,7 +255,7 @@ def time_metadata(groups: int, requests: int, steps: int, rounds: int) -> dict[s
         Of a round.
     rounds : int
     """
-    from bench.fake_attention import attention_lanes
+    from bench.harness.fake_attention import attention_lanes
 
     lanes = attention_lanes(groups, requests, context=PROMPT)
     microseconds: dict[str, list[float]] = {name: [] for name in lanes}

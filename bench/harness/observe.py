@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bench.engines import greedy, make_prompts, scheduler_of
+from bench.harness.engines import greedy, make_prompts, scheduler_of
 
 
 class Watch:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench.plotting import line_plot
-from bench.suite import Case, Options, Results
+from bench.harness.plotting import line_plot
+from bench.harness.suite import Case, Options, Results
 
 
 class Compaction:
@@ -29,7 +29,7 @@ class Compaction:
         import torch
 
         from bench import compaction
-        from bench.machine import machine
+        from bench.harness.machine import machine
 
         effort = compaction.QUICK if case.parameters["effort"] == "quick" else compaction.FULL
         if case.parameters["effort"] == "short":

@@ -7,10 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import contender, with_budgets
-from bench.plotting import line_plot
-from bench.report import table
-from bench.suite import Case, Options, Results, Target, ratio_text, target_lines
+from bench.harness.contenders import contender, with_budgets
+from bench.harness.plotting import line_plot
+from bench.harness.report import table
+from bench.harness.suite import Case, Options, Results, Target, ratio_text, target_lines
 
 BATCH = 8
 TARGETED = (8000, "knorm@1024")
@@ -55,9 +55,9 @@ class Latency:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Both engines in turn, on pages of random numbers instead of computed prompts."""
-        from bench.engines import BLOCK_SIZE, Geometry, make_engine, make_prompts
-        from bench.pairing import in_turn
-        from bench.prefilled import prefilled
+        from bench.harness.engines import BLOCK_SIZE, Geometry, make_engine, make_prompts
+        from bench.harness.pairing import in_turn
+        from bench.harness.prefilled import prefilled
 
         about = case.parameters
         prompt, output, batch = (about[k] for k in ("prompt_tokens", "output_tokens", "batch"))

@@ -1,6 +1,6 @@
 """Runs one case of a scenario in an interpreter of its own.
 
-    python -m bench.child SCENARIO OUT < CASE
+    python -m bench.harness.child SCENARIO OUT < CASE
 
 ``CASE`` is the case as JSON; its figures are written to ``OUT``. For the runner.
 """
@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
-from bench.machine import ALLOCATOR, ROOT
-from bench.registry import scenario
-from bench.suite import Case
+from bench.harness.machine import ALLOCATOR, ROOT
+from bench.harness.registry import scenario
+from bench.harness.suite import Case
 
 
 class CaseFailed(RuntimeError):
@@ -45,7 +45,7 @@ def run_apart(name: str, case: Case, log: TextIO) -> dict:
         out = Path(directory) / "figures.json"
         # A session of its own: what it leaves behind can be ended, and nothing else.
         child = subprocess.Popen(
-            [sys.executable, "-m", "bench.child", name, str(out)],
+            [sys.executable, "-m", "bench.harness.child", name, str(out)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

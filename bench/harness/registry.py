@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from bench.suite import Scenario
+from bench.harness.suite import Scenario
 
 SCENARIOS = {
-    "throughput": "bench.throughput",
-    "serving": "bench.online",
-    "capacity": "bench.capacity",
-    "latency": "bench.latency",
-    "overhead": "bench.overhead",
-    "scheduler": "bench.scheduler",
-    "compaction": "bench.pages",
-    "scale": "bench.scale",
+    "throughput": "bench.scenarios.throughput",
+    "serving": "bench.scenarios.online",
+    "capacity": "bench.scenarios.capacity",
+    "latency": "bench.scenarios.latency",
+    "overhead": "bench.scenarios.overhead",
+    "scheduler": "bench.scenarios.scheduler",
+    "compaction": "bench.scenarios.pages",
+    "scale": "bench.scenarios.scale",
 }
 """Module of each scenario, in the order in which they run and are reported."""
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.engines import BLOCK_SIZE
+from bench.harness.engines import BLOCK_SIZE
 
 PYRAMID_BETA = 4.0
 INTERVAL_SHARE = 1 / 16

@@ -10,12 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import contender, with_budgets
-from bench.engines import BLOCK_SIZE, Geometry, model_or_bundled
-from bench.machine import ROOT
-from bench.report import table
-from bench.suite import Case, Options, Results, ratio_text
-from bench.throughput import grouped, paired
+from bench.harness.contenders import contender, with_budgets
+from bench.harness.engines import BLOCK_SIZE, Geometry, model_or_bundled
+from bench.harness.machine import ROOT
+from bench.harness.report import table
+from bench.harness.suite import Case, Options, Results, ratio_text
+from bench.scenarios.throughput import grouped, paired
 
 DATASETS = ("random", "prefix_repetition", "custom")
 LATENCIES = ("ttft", "tpot", "itl")
@@ -66,7 +66,7 @@ class Serving:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Start a server, let vLLM's client measure it, stop it."""
-        from bench.server import SERVED_NAME, Poller, serving, warm_up
+        from bench.harness.server import SERVED_NAME, Poller, serving, warm_up
 
         about = case.parameters
         prompt, output = about["prompt_tokens"], about["output_tokens"]

@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 
-from bench.machine import machine
-from bench.suite import Effort, Options, Scenario
+from bench.harness.machine import machine
+from bench.harness.suite import Effort, Options, Scenario
 
 
 def run_alone(scenario: Scenario, about: str | None) -> None:

@@ -11,12 +11,12 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import contender, with_budgets
-from bench.engines import BLOCK_SIZE, Geometry, model_or_bundled
-from bench.plotting import bar_plot, line_plot
-from bench.report import table
-from bench.suite import Case, Options, Results, Target, ratio_text, target_lines
-from bench.workloads import BATCHES, REPEATS, TARGETS
+from bench.harness.contenders import contender, with_budgets
+from bench.harness.engines import BLOCK_SIZE, Geometry, model_or_bundled
+from bench.harness.plotting import bar_plot, line_plot
+from bench.harness.report import table
+from bench.harness.suite import Case, Options, Results, Target, ratio_text, target_lines
+from bench.scenarios.workloads import BATCHES, REPEATS, TARGETS
 
 
 class Throughput:
@@ -70,7 +70,7 @@ class Throughput:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Run vLLM's own command in this process, with a watch on the scheduler."""
-        from bench.observe import watch_next_llm
+        from bench.harness.observe import watch_next_llm
         from vllm_kvcompress.cli import alias_cpu_build
 
         about = case.parameters

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from bench.engines import greedy
+from bench.harness.engines import greedy
 
 _names = count()
 

@@ -1,0 +1,1 @@
+"""What scenarios are built from: engines, fair pairs, results and their report."""

@@ -1,0 +1,1 @@
+"""What is measured: a scenario a file, named in :mod:`bench.harness.registry`."""
