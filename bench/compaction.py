@@ -1,6 +1,6 @@
 """A compaction of one band against copying the same bytes, as JSON.
 
-    python -m bench.compaction            # about 20 minutes on one core, 8 GB of memory
+    python -m bench.compaction            # about 5 minutes on one core, 8 GB of memory
     python -m bench.compaction --quick    # one shape and short prompts, to see that it works
     python -m bench.compaction --markdown FILE    # tables of an earlier run's JSON
 
