@@ -1,6 +1,6 @@
 """A compaction of one band against copying the same bytes, as JSON.
 
-    python -m bench.compaction            # about 20 minutes on one core, 8 GB of memory
+    python -m bench.compaction            # about 5 minutes on one core, 8 GB of memory
     python -m bench.compaction --quick    # one shape and short prompts, to see that it works
     python -m bench.compaction --markdown FILE    # tables of an earlier run's JSON
 
@@ -105,7 +105,7 @@ class Effort(NamedTuple):
     shapes: tuple[str, ...] = tuple(SHAPES)
 
 
-FULL = Effort((512, 2048, 8000, 32000), 11, 5, 0.6, 256 << 20, (1, 64))
+FULL = Effort((512, 2048, 8000, 32000), 11, 5, 0.3, 256 << 20, (1, 64))
 QUICK = Effort((256, 512), 3, 2, 0.1, 16 << 20, (1, 4), ("SmolLM2",))
 
 

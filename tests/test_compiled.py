@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -10,19 +11,20 @@ import numba
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.levels import Round, plan_merges
+from vllm_kvcompress.levels import Round, fewest_blocks, plan_merges
 from vllm_kvcompress.methods import METHODS, POOLINGS, Method, ScoreContext, select_tokens
 from vllm_kvcompress.methods.knorm import KNorm
 from vllm_kvcompress.methods.pooling import Rotation
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.compactor import Compactor
-from vllm_kvcompress.worker.cpu.band import CompiledBandPages
+from vllm_kvcompress.worker.cpu.band import CompiledBandPages, merges_of
 from vllm_kvcompress.worker.cpu.intrinsics import address_of
 from vllm_kvcompress.worker.cpu.numbers import SCALES, TAGS
+from vllm_kvcompress.worker.cpu.steps import LEVELS, order_steps
 from vllm_kvcompress.worker.cpu.vectors import (
     WIDTH,
     load,
@@ -382,6 +384,37 @@ def test_merges_what_ranking_leaves(
         one.equal(other)
         for one, other in zip(reads(case.compiled, rest), reads(case.torch, rest), strict=True)
     )
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=4), st.data())
+def test_steps_make_what_rounds_make(counts: list[int], data: st.DataObject) -> None:
+    total = sum(counts)
+    assume(total > 1)
+    keep = data.draw(st.integers(fewest_blocks(counts), total))
+    merges = plan_merges(counts, keep)
+    flat, outputs = merges_of(merges.rounds), np.array(merges.order, np.int64)
+    steps = np.empty((len(flat) + len(outputs), 4), np.int64)
+    leaves, firsts = np.empty(total, np.int64), np.empty(len(outputs), np.int64)
+    # As Python, which is enough for the order.
+    count = order_steps.py_func(flat, outputs, total, steps, leaves, firsts)
+    expected = [[block] for block in range(total)]
+    for _, older, newer in flat:
+        expected.append(expected[older] + expected[newer])
+    held: dict[int, list[int]] = {}
+    made: dict[int, list[int]] = {}
+    read = []
+    for level, older, newer, out in steps[:count].tolist():
+        sides = [older] if level < 0 else [older, newer]
+        read += [side for side in sides if side >= 0]
+        found = [[side] if side >= 0 else held[side] for side in sides]
+        (made if out >= 0 else held)[out] = [block for part in found for block in part]
+        assert min(older, newer, out) >= -LEVELS
+    assert made == {place: expected[block] for place, block in enumerate(merges.order)}
+    assert leaves.tolist() == read
+    bounds = [*firsts.tolist(), total]
+    for place, (first, last) in enumerate(itertools.pairwise(bounds)):
+        assert sorted(read[first:last]) == made[place]
 
 
 def reads(pages: BandPages, blocks: list[int]) -> list[torch.Tensor]:
