@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding.ffi
@@ -11,6 +12,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from vllm_kvcompress.worker.cpu.stale import forget_stale_kernels
 
 
 def _hide_from_vllm() -> None:
@@ -34,6 +37,7 @@ def _hide_from_vllm() -> None:
 
 
 _hide_from_vllm()
+forget_stale_kernels(Path(__file__).parent)
 
 
 def compiled(
