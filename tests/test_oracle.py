@@ -61,7 +61,7 @@ CASES = {
     ),
     "kvdiff-context-ratio": Case(
         {"method": "kvdiff", "keep_ratio": 0.25, "recent_tokens": 16, "interval": 32},
-        2,
+        1,
         context=1509,
     ),
     "knorm-512-during-prefill": Case(

@@ -23,6 +23,10 @@ MAX_RECALL = 0.7
 SIGNAL = 0.05
 """Rank correlation with attention from which scores are said to carry signal."""
 
+AGAINST = -0.2
+"""Rank correlation down to which a method is recommended for its losses alone. Most attention
+goes to few places that any method keeps, so that a good one may well be at 0."""
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -74,7 +78,7 @@ def advise(findings: Findings) -> Advice:
     honest = {
         method: share
         for method, share in fitting.items()
-        if findings.signal(method) > -SIGNAL and _beats_baselines(findings, method)
+        if findings.signal(method) > AGAINST and _beats_baselines(findings, method)
     }
     if not honest:
         return Advice(False, {"method": "none"}, _why_not(findings, fitting), verdicts)
@@ -126,7 +130,7 @@ def _verdict(findings: Findings, method: str) -> str:
     signal = findings.signal(method)
     if signal >= SIGNAL:
         meaning = "carries signal"
-    elif signal <= -SIGNAL:
+    elif signal <= AGAINST:
         meaning = "is misleading: it keeps what draws little attention"
     else:
         meaning = "carries no signal"
