@@ -24,6 +24,7 @@ from bench.quality.runner import Runner
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.case import TaskError
 from bench.quality.tasks.texts import VARIABLE
+from vllm_kvcompress.methods import MERGING, METHODS
 
 TOKENS = 300
 PLAN = Plan(
@@ -330,7 +331,7 @@ def test_own_servers(
 
     def endpoint(url: str, api_key: str | None) -> Endpoint:
         method = started[-1][started[-1].index("--kvcompress-method") + 1]
-        names = ("knorm", "keydiff", "streaming", "random", *({method} & {"merge", "knorm+merge"}))
+        names = (*METHODS, *({method} & MERGING.keys()))
         return Endpoint(url, api_key, FakeServer(harness.reply, names).transport)
 
     monkeypatch.setattr(command, "serving", serving)
@@ -342,7 +343,7 @@ def test_own_servers(
     arguments += ["--server-options", "--kvcompress-sink-tokens 0", "--variant", "no sinks"]
     assert command.main(arguments) == 0
     rows = list(read_rows([output]))
-    methods = ("knorm", "keydiff", "streaming", "random", "merge", "knorm+merge")
+    methods = (*METHODS, *MERGING)
     assert Counter(row.method for row in rows) == Counter(dict.fromkeys((FULL, *methods), 2))
     assert {row.variant for row in rows} == {"no sinks"}
     assert [options[options.index("--kvcompress-method") + 1] for options in started] == [
