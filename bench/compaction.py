@@ -1,6 +1,6 @@
 """A compaction of one band against copying the same bytes, as JSON.
 
-    python -m bench.compaction            # about 5 minutes on one core, 8 GB of memory
+    python -m bench.compaction            # about 3 minutes on one core, 8 GB of memory
     python -m bench.compaction --quick    # one shape and short prompts, to see that it works
     python -m bench.compaction --markdown FILE    # tables of an earlier run's JSON
 
@@ -21,7 +21,8 @@ How it is measured:
   of all blocks that merge. Nothing else counts: no index, no intermediate copy.
 * ``memcpy_seconds`` is the time of one contiguous ``torch.Tensor.copy_`` between two touched
   buffers, larger than the caches too, that moves as many bytes: ``bytes / 2`` read and as many
-  written. ``ratio`` is ``seconds / memcpy_seconds``. Both are medians of alternating runs.
+  written. ``ratio`` is ``seconds / memcpy_seconds``. Both are medians of alternating runs, on
+  one thread each: compiled kernels use no more.
 * ``bytes_per_second`` is ``bytes / seconds``. ``growth`` compares the two longest prompts:
   time that grows in proportion to length has ``per_length`` 1.
 * ``two_blocks`` are merges of two blocks into one in all layers of the band, one or many of
@@ -52,7 +53,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from bench.smoke import machine
+from bench.harness.machine import machine
 from vllm_kvcompress.bands import plan_bands
 from vllm_kvcompress.levels import Round
 from vllm_kvcompress.methods import MERGING, METHODS, POOLINGS
@@ -438,6 +439,7 @@ def main() -> None:
     if options.markdown is not None:
         print(markdown(json.loads(options.markdown.read_text())))
         return
+    torch.set_num_threads(1)
     report = {
         "command": " ".join(["python -m bench.compaction", *sys.argv[1:]]),
         "machine": machine(),
