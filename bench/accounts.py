@@ -5,6 +5,7 @@
 
 ``unwatched``: decoding at batch 32 with accounts and without, and the share of time that was
 spent in them. ``watched``: the same load on a server, with five dashboards polling and without.
+The dashboards run at the lowest priority, since they share the machine with the engine here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -118,31 +120,20 @@ async def _watched(
                 raise RuntimeError("the server did not start")
             await asyncio.sleep(1)
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        polls = 0
 
         async def complete(tokens: list[int]) -> None:
             body = {"model": model, "prompt": tokens, "max_tokens": output, "ignore_eos": True}
             (await client.post("/v1/completions", json=body)).raise_for_status()
 
-        async def view() -> None:
-            nonlocal polls
-            while True:
-                for path in PATHS:
-                    (await client.get(f"/v1/kvcompress/{path}")).raise_for_status()
-                    polls += 1
-                await asyncio.sleep(1)
+        answers = 0
 
         async def seconds(viewers: int) -> float:
-            watching = [asyncio.create_task(view()) for _ in range(viewers)]
-            started = time.perf_counter()
-            await asyncio.gather(*map(complete, prompts))
-            took = time.perf_counter() - started
-            for task in watching:
-                task.cancel()
-            ended = await asyncio.gather(*watching, return_exceptions=True)
-            for error in ended:
-                if not isinstance(error, asyncio.CancelledError):
-                    raise RuntimeError("a dashboard failed") from error
+            nonlocal answers
+            with watching(url, viewers) as counted:
+                started = time.perf_counter()
+                await asyncio.gather(*map(complete, prompts))
+                took = time.perf_counter() - started
+            answers += sum(counted)
             return took
 
         await seconds(0)
@@ -151,7 +142,57 @@ async def _watched(
             order = (0, VIEWERS) if pair % 2 == 0 else (VIEWERS, 0)
             took = {viewers: await seconds(viewers) for viewers in order}
             found.append(took[0] / took[VIEWERS])
-    return {"throughput_ratio": spread(found), "answers_to_viewers": polls}
+    return {"throughput_ratio": spread(found), "answers_to_viewers": answers}
+
+
+@contextmanager
+def watching(url: str, viewers: int) -> Iterator[list[int]]:
+    """Dashboards in a process of the lowest priority: in life they are on other machines.
+
+    What they cost the server counts, what they cost themselves hardly does. The list that is
+    yielded has the number of answers they got, once they have stopped.
+    """
+    answers: list[int] = []
+    if not viewers:
+        yield answers
+        return
+    command = [sys.executable, "-m", "bench.accounts", "--view", url]
+    viewing = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert viewing.stdin is not None and viewing.stdout is not None
+    if viewing.stdout.readline() != "ready\n":
+        raise RuntimeError("the dashboards did not start")
+    try:
+        yield answers
+    finally:
+        found, _ = viewing.communicate()  # Closes its input, at which it ends.
+    if viewing.returncode:
+        raise RuntimeError("a dashboard failed")
+    answers.append(int(found))
+
+
+async def view(url: str) -> int:
+    """Ask what dashboards ask for, every second, until standard input ends."""
+    answers = 0
+
+    async def dashboard(client: httpx.AsyncClient) -> None:
+        nonlocal answers
+        while True:
+            for path in PATHS:
+                (await client.get(f"/v1/kvcompress/{path}")).raise_for_status()
+                answers += 1
+            await asyncio.sleep(1)
+
+    os.nice(19)
+    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
+        print("ready", flush=True)
+        asking = [asyncio.create_task(dashboard(client)) for _ in range(VIEWERS)]
+        ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+        done, _ = await asyncio.wait([*asking, ended], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        for task in asking:
+            task.cancel()
+    return answers
 
 
 async def _healthy(client: httpx.AsyncClient) -> bool:
@@ -170,7 +211,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few tokens only")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--view", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.view:
+        print(asyncio.run(view(options.view)))
+        return
     pairs, *shape = (1, 4, 300, 12) if options.quick else (options.pairs, BATCH, 400, 256)
     if options.part:
         print(json.dumps(PARTS[options.part](pairs, *shape)))
