@@ -120,9 +120,10 @@ def throughput_results(repeats: int = 1) -> dict[str, dict[str, Any]]:
 
 def test_throughput_reports_ratios_of_pairs(tmp_path: Path) -> None:
     text = "\n".join(Throughput().report(throughput_results()))
-    assert "| 1,000+1,000, 8x against stock | at least 3 | 4 | yes |" in text
-    assert "| 1,000+1,000, 2x against stock | at least 1.6 | 1.25 | no |" in text
-    assert "| fp8 and 4x against fp8 | at least 1.6 | 2 | yes |" in text
+    heavy, short = "1000+1000, pool of 2, 8 requests", "400+400, pool of 2, 16 requests"
+    assert f"| 8x against stock ({heavy}) | at least 3 | 4 | yes |" in text
+    assert f"| 2x against stock ({heavy}) | at least 1.6 | 1.25 | no |" in text
+    assert f"| fp8 and 4x against fp8 ({short}) | at least 1.6 | 2 | yes |" in text
     assert "| `knorm/8` | 480.0 | 4 | 3 | 7 | 5.0 | 1.0% | 2.0% |" in text
 
     twice = throughput_results(repeats=2)

@@ -140,8 +140,9 @@ class Throughput:
         ]
         lines += target_lines(
             [
-                Target(what, wanted, least, inf, tuple(self._ratios(results, shape, own, base)))
+                Target(f"{what} ({group})", wanted, least, inf, tuple(ratios))
                 for what, wanted, least, shape, own, base in TARGETS
+                for group, ratios in self._ratios(results, shape, own, base).items()
             ]
         )
         for group, rows in grouped(results).items():
@@ -183,14 +184,14 @@ class Throughput:
 
     def _ratios(
         self, results: Results, shape: tuple[int, int] | None, own: str, base: str
-    ) -> list[float]:
-        return [
-            ratio
-            for rows in grouped(results).values()
+    ) -> dict[str, list[float]]:
+        """Ratios by comparison; those of different batches are no repeats of one another."""
+        return {
+            group: paired(rows, own, base, "output_tokens_per_second")
+            for group, rows in grouped(results).items()
             if shape in (None, (rows[0]["prompt_tokens"], rows[0]["output_tokens"]))
             and rows[0]["pool"] == 2
-            for ratio in paired(rows, own, base, "output_tokens_per_second")
-        ]
+        }
 
     def plots(self, results: Results, directory: Path) -> list[Path]:
         """Throughput against KV bytes for each shape; bars if there is only one pool."""
