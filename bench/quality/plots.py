@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.quality.plan import LANGUAGE
-from bench.quality.report import TITLES, label
-from bench.quality.rows import OURS, Row
+from bench.quality.rows import OURS, PROTOCOLS, Row
 from bench.quality.stats import Contender, Results, perplexity
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def plot_all(rows: Sequence[Row], stem: Path) -> list[Path]:
     for model in models:
         own = [row for row in rows if row.model == model]
         middle = f"-{model}" if len(models) > 1 else ""
-        for protocol in TITLES:
+        for protocol in PROTOCOLS:
             results = Results(own, protocol)
             if not results.contenders:
                 continue
@@ -78,7 +77,7 @@ def means_figure(results: Results) -> Figure | None:
             if (found := results.estimate(tasks, name, share)) is not None
         ]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label(name), **_style(name, number))
+            axis.plot(*zip(*points, strict=True), label=name.label, **_style(name, number))
     axis.set(xlabel="removed, %", ylabel="score, points of 100", ylim=(0, 100))
     axis.set_title(f"Mean over {len(tasks)} tasks, {results.protocol}")
     axis.legend(fontsize="small")
@@ -100,7 +99,7 @@ def language_figure(results: Results) -> Figure | None:
             if (found := perplexity(results.rows(LANGUAGE, name, share).values())) is not None
         ]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label(name), **_style(name, number))
+            axis.plot(*zip(*points, strict=True), label=name.label, **_style(name, number))
     axis.set(xlabel="removed, %", ylabel="perplexity", yscale="log")
     axis.set_title(f"Language modelling, {results.protocol}")
     axis.legend(fontsize="small")
@@ -143,7 +142,7 @@ def heat_map(results: Results, task: str) -> Figure | None:
     )
     for line, share in zip(axes, results.shares, strict=True):
         columns = [("full cache", full)]
-        columns += [(label(name), results.rows(task, name, share)) for name in names]
+        columns += [(name.label, results.rows(task, name, share)) for name in names]
         for axis, (title, rows) in zip(line, columns, strict=True):
             grid = np.full((len(depths), len(lengths)), np.nan)
             for y, depth in enumerate(depths):

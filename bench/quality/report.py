@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.quality.plan import LANGUAGE, LEAST_BASELINE
-from bench.quality.rows import AFTER_PROMPT, DURING, OURS, STRICT, Row
-from bench.quality.stats import Contender, Results, perplexity
+from bench.quality.rows import AFTER_PROMPT, DURING, STRICT, Row
+from bench.quality.stats import Results, perplexity
 
 TITLES = {
     STRICT: "Strict: the context is compressed before the question is known",
@@ -39,12 +39,6 @@ def markdown(rows: Sequence[Row]) -> str:
                 parts.append(f"### {title}\n")
                 parts += _protocol(results)
     return "\n".join(parts)
-
-
-def label(contender: Contender) -> str:
-    """How a contender is called in tables and plots."""
-    name = f"{contender.method}, {contender.variant}" if contender.variant else contender.method
-    return name if contender.implementation == OURS else f"{contender.implementation} {name}"
 
 
 def _protocol(results: Results) -> list[str]:
@@ -84,7 +78,7 @@ def _protocol(results: Results) -> list[str]:
 def _means(results: Results, tasks: list[str]) -> str:
     lines = [["Full cache", *([_mean_baseline(results, tasks)] * len(results.shares))]]
     for name in results.contenders:
-        cells = [label(name)]
+        cells = [name.label]
         for share in results.shares:
             found = results.estimate(tasks, name, share)
             cells.append(
@@ -109,7 +103,7 @@ def _tasks(results: Results, tasks: list[str]) -> str:
             found = [results.estimate([task], name, share) for task in tasks]
             if any(found):
                 cells = [_points(one.mean) if one else "" for one in found]
-                lines.append([label(name), f"{100 * share:.0f} %", *cells])
+                lines.append([name.label, f"{100 * share:.0f} %", *cells])
     counts = [str(len(results.full(task))) for task in tasks]
     lines.append(["Cases", "", *counts])
     return _table(["", "Removed", *tasks], lines)
@@ -117,7 +111,7 @@ def _tasks(results: Results, tasks: list[str]) -> str:
 
 def _kept(results: Results) -> str:
     lines = [
-        [label(name), *(_points(results.kept(name, share)) for share in results.shares)]
+        [name.label, *(_points(results.kept(name, share)) for share in results.shares)]
         for name in results.contenders
     ]
     return _table(["", *_share_heads(results)], lines)
@@ -143,7 +137,7 @@ def _language(results: Results) -> str:
         for name in results.contenders:
             cells = [cell(results.rows(LANGUAGE, name, share).values()) for share in results.shares]
             if any(cells):
-                lines.append([f"{length:,}", label(name), *cells])
+                lines.append([f"{length:,}", name.label, *cells])
     return _table(["Tokens", "", *_share_heads(results)], lines)
 
 

@@ -23,6 +23,12 @@ class Contender(NamedTuple):
     variant: str
     method: str
 
+    @property
+    def label(self) -> str:
+        """How it is called in tables and plots."""
+        name = f"{self.method}, {self.variant}" if self.variant else self.method
+        return name if self.implementation == OURS else f"{self.implementation} {name}"
+
 
 @dataclass(frozen=True)
 class Estimate:
