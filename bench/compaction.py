@@ -60,7 +60,8 @@ from vllm_kvcompress.methods import MERGING, METHODS, POOLINGS
 from vllm_kvcompress.methods.pooling import Rotation
 from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.scheduler.region import Change, Region, levels_before
-from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
+from vllm_kvcompress.scheduler.schedule import Schedule
+from vllm_kvcompress.scheduler.trajectory import Trajectory
 from vllm_kvcompress.settings import Settings, parse_settings
 from vllm_kvcompress.worker.compactor import Compactor
 from vllm_kvcompress.worker.pages import LayerPages

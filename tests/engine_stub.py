@@ -32,13 +32,14 @@ from vllm.v1.request import Request
 from vllm_kvcompress import plugin
 from vllm_kvcompress.bands import Limits
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
+from vllm_kvcompress.scheduler.schedule import Schedule
 from vllm_kvcompress.scheduler.scheduler import (
     KVCompressAsyncScheduler,
     KVCompressScheduler,
     KVCompressSchedulerMixin,
 )
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
-from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
+from vllm_kvcompress.scheduler.trajectory import Trajectory
 from vllm_kvcompress.settings import CONFIG_KEY, Phase
 
 STOP_TOKEN = 9

@@ -31,7 +31,8 @@ from vllm_kvcompress.hf import CompressedCache
 from vllm_kvcompress.hf.attention import register
 from vllm_kvcompress.hf.plan import Plan
 from vllm_kvcompress.methods import METHODS, ScoreContext, select_tokens
-from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
+from vllm_kvcompress.scheduler.schedule import Schedule
+from vllm_kvcompress.scheduler.trajectory import Trajectory
 from vllm_kvcompress.settings import SettingsError, parse_settings
 
 SMALL: dict[str, Any] = {"budget": 24, "recent_tokens": 6, "interval": 4}

@@ -35,7 +35,8 @@ from vllm_kvcompress.scheduler.coordinator import CompressedCoordinator
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.region import Change, Region
-from vllm_kvcompress.scheduler.trajectory import NEVER, Step, Trajectory
+from vllm_kvcompress.scheduler.schedule import NEVER
+from vllm_kvcompress.scheduler.trajectory import Step, Trajectory
 
 SEEN: Counter[str] = Counter()
 

@@ -16,7 +16,7 @@ from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Round
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
 from vllm_kvcompress.scheduler.planner import Planner
-from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule
+from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
 
 SIZE = 4
 FLAT = Limits(budget=8, ratio=None, sinks=0, recent=0, block_size=SIZE)

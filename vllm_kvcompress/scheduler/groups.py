@@ -10,8 +10,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
-from vllm_kvcompress.scheduler.trajectory import NEVER, Schedule, Trajectory
+from vllm_kvcompress.scheduler.trajectory import Trajectory
 from vllm_kvcompress.settings import Settings, SettingsError
 
 logger = init_logger("vllm.kvcompress")

@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm_kvcompress.bands import Limits, plan_bands
 from vllm_kvcompress.request import PREFIX, asked, refusal
-from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
+from vllm_kvcompress.scheduler.schedule import Schedule
+from vllm_kvcompress.scheduler.trajectory import Trajectory
 from vllm_kvcompress.settings import Settings, SettingsError
 
 DISTINCT = 256

@@ -22,8 +22,9 @@ from vllm_kvcompress.scheduler.groups import check_groups
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.requests import RequestSchedules
+from vllm_kvcompress.scheduler.schedule import Schedule
 from vllm_kvcompress.scheduler.spec import band_of
-from vllm_kvcompress.scheduler.trajectory import Schedule, Trajectory
+from vllm_kvcompress.scheduler.trajectory import Trajectory
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 
 logger = init_logger("vllm.kvcompress")

@@ -11,7 +11,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvcompress.bands import Limits
-from vllm_kvcompress.scheduler.trajectory import Schedule, peak_tokens
+from vllm_kvcompress.scheduler.schedule import Schedule
+from vllm_kvcompress.scheduler.trajectory import peak_tokens
 from vllm_kvcompress.settings import Phase
 
 

@@ -15,8 +15,6 @@ from vllm_kvcompress.scheduler.due import Grid, first_due
 from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
 from vllm_kvcompress.scheduler.steps import Pooled, Step
 
-__all__ = ["NEVER", "Schedule", "Trajectory", "blocks_after", "peak_tokens"]
-
 
 @dataclass
 class Trajectory:

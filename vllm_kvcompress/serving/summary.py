@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vllm_kvcompress.bands import Band, plan_bands
-from vllm_kvcompress.scheduler.trajectory import Schedule, blocks_after
+from vllm_kvcompress.scheduler.schedule import Schedule
+from vllm_kvcompress.scheduler.trajectory import blocks_after
 from vllm_kvcompress.settings import Settings
 
 LENGTHS = (2048, 4096, 8192)

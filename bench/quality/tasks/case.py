@@ -6,6 +6,7 @@ Pure Python: nothing here needs vLLM, so that other implementations can be asked
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -162,6 +163,21 @@ def match_all(prediction: str, answers: Sequence[str]) -> float:
     """RULER's ``string_match_all``: share of the answers that occur, ignoring case."""
     prediction = _printable(prediction).lower()
     return sum(answer.lower() in prediction for answer in answers) / len(answers)
+
+
+class DrawnTask(ABC):
+    """Base of tasks whose cases are drawn one by one; scored as most of RULER's are."""
+
+    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
+        """See :class:`Task`."""
+        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
+
+    @abstractmethod
+    def _case(self, index: int, tokens: int, tokenizer: Tokenizer, seed: int) -> Case: ...
+
+    def score(self, prediction: str, case: Case) -> float:
+        """RULER's ``string_match_all``."""
+        return match_all(prediction, case.answers)
 
 
 def match_part(prediction: str, answers: Sequence[str]) -> float:

@@ -10,11 +10,11 @@ import numpy as np
 
 from bench.quality.tasks.case import (
     Case,
+    DrawnTask,
     Tokenizer,
     case_key,
     case_random,
     largest,
-    match_all,
 )
 from bench.quality.tasks.words import sample_words
 
@@ -27,7 +27,7 @@ def _numbered(words: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class CommonWords:
+class CommonWords(DrawnTask):
     """``cwe``: the ten words of a numbered list that stand in it most often.
 
     With a solved example before it, as RULER has it: common words stand 30 times and the
@@ -37,14 +37,6 @@ class CommonWords:
     name: str = "cwe"
     common: int = 10
     max_tokens: int = 120
-
-    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
-        """See :class:`~bench.quality.tasks.case.Task`."""
-        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
-
-    def score(self, prediction: str, case: Case) -> float:
-        """RULER's ``string_match_all``."""
-        return match_all(prediction, case.answers)
 
     def _list(
         self, random: Random, words: list[str], often: int, seldom: int
@@ -91,7 +83,7 @@ class CommonWords:
 
 
 @dataclass(frozen=True)
-class FrequentWords:
+class FrequentWords(DrawnTask):
     """``fwe``: the three most frequent coded words, drawn from a zeta distribution.
 
     Attributes
@@ -106,14 +98,6 @@ class FrequentWords:
     alpha: float = 2.0
     letters: int = 6
     max_tokens: int = 50
-
-    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
-        """See :class:`~bench.quality.tasks.case.Task`."""
-        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
-
-    def score(self, prediction: str, case: Case) -> float:
-        """RULER's ``string_match_all``."""
-        return match_all(prediction, case.answers)
 
     def _case(self, index: int, tokens: int, tokenizer: Tokenizer, seed: int) -> Case:
         key = case_key(self.name, tokens, seed, index)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.quality.tasks.case import Case, Tokenizer, case_key, case_random, largest
+from bench.quality.tasks.case import Case, DrawnTask, Tokenizer, case_key, case_random, largest
 from bench.quality.tasks.texts import prose, source_names
 
 SCORED_TOKENS = 256
@@ -16,15 +16,13 @@ SCORED_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class LanguageModelling:
-    """Windows of running text: ``context``, and as ``question`` what comes next in the text."""
+class LanguageModelling(DrawnTask):
+    """Windows of running text: ``context``, and as ``question`` what comes next in the text;
+    sources are taken in turn.
+    """
 
     name: str = "lm"
     scored_tokens: int = SCORED_TOKENS
-
-    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
-        """See :class:`~bench.quality.tasks.case.Task`; sources are taken in turn."""
-        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
 
     def score(self, prediction: str, case: Case) -> float:
         """Not from a prediction: accuracy is read from log-probabilities."""

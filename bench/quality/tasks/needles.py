@@ -15,11 +15,11 @@ from uuid import UUID
 
 from bench.quality.tasks.case import (
     Case,
+    DrawnTask,
     Tokenizer,
     case_key,
     case_random,
     largest,
-    match_all,
 )
 from bench.quality.tasks.haystack import DEPTHS, NOISE, essay, first_words, planted
 from bench.quality.tasks.words import key_word
@@ -40,7 +40,7 @@ def _draw(random: Random, kind: str) -> str:
 
 
 @dataclass(frozen=True)
-class Needles:
+class Needles(DrawnTask):
     """One variant of RULER's ``niah``.
 
     Attributes
@@ -66,14 +66,6 @@ class Needles:
     def max_tokens(self) -> int:
         """Tokens to generate; fewer than RULER's 128 where one answer is asked for."""
         return ONE_ANSWER[self.value_kind] if self.queries * self.values == 1 else MAX_TOKENS
-
-    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
-        """See :class:`~bench.quality.tasks.case.Task`."""
-        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
-
-    def score(self, prediction: str, case: Case) -> float:
-        """RULER's ``string_match_all``."""
-        return match_all(prediction, case.answers)
 
     def _case(self, index: int, tokens: int, tokenizer: Tokenizer, seed: int) -> Case:
         key = case_key(self.name, tokens, seed, index)

@@ -8,25 +8,21 @@ from typing import Any
 
 from bench.quality.tasks.case import (
     Case,
+    DrawnTask,
     Tokenizer,
     case_key,
     case_random,
     largest,
-    match_all,
 )
 from bench.quality.tasks.haystack import DEPTHS, NOISE, essay, first_words, planted
 
 
 @dataclass(frozen=True)
-class Passkey:
+class Passkey(DrawnTask):
     """A number of five digits in a repeated filler (Mohtashami and Jaggi, arXiv 2305.16300)."""
 
     name: str = "passkey"
     max_tokens: int = 10
-
-    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
-        """See :class:`~bench.quality.tasks.case.Task`."""
-        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
 
     def _case(self, index: int, tokens: int, tokenizer: Tokenizer, seed: int) -> Case:
         key = case_key(self.name, tokens, seed, index)
@@ -48,10 +44,6 @@ class Passkey:
         return Case(
             self.name, key, make(size), question + start, (secret,), self.max_tokens, details
         )
-
-    def score(self, prediction: str, case: Case) -> float:
-        """1 if the number occurs."""
-        return match_all(prediction, case.answers)
 
 
 CITIES = (
@@ -93,7 +85,7 @@ FUNCTION_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Needle:
+class Needle(DrawnTask):
     """Kamradt's needle in real text, with a city and a pastime of its own in every case.
 
     The score is the share of the answer's content words in the first sentence of the
@@ -102,10 +94,6 @@ class Needle:
 
     name: str = "needle"
     max_tokens: int = 32
-
-    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
-        """See :class:`~bench.quality.tasks.case.Task`."""
-        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
 
     def _case(self, index: int, tokens: int, tokenizer: Tokenizer, seed: int) -> Case:
         key = case_key(self.name, tokens, seed, index)

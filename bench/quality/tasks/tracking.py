@@ -9,11 +9,11 @@ from random import Random
 
 from bench.quality.tasks.case import (
     Case,
+    DrawnTask,
     Tokenizer,
     case_key,
     case_random,
     largest,
-    match_all,
 )
 from bench.quality.tasks.haystack import NOISE, planted
 
@@ -34,7 +34,7 @@ def _start(value: str, names: int) -> str:
 
 
 @dataclass(frozen=True)
-class VariableTracking:
+class VariableTracking(DrawnTask):
     """One chain of assignments in noise, after a solved example, as RULER has it.
 
     Attributes
@@ -48,14 +48,6 @@ class VariableTracking:
     name: str = "vt"
     hops: int = 4
     max_tokens: int = 30
-
-    def cases(self, count: int, tokens: int, tokenizer: Tokenizer, seed: int) -> list[Case]:
-        """See :class:`~bench.quality.tasks.case.Task`."""
-        return [self._case(index, tokens, tokenizer, seed) for index in range(count)]
-
-    def score(self, prediction: str, case: Case) -> float:
-        """RULER's ``string_match_all``."""
-        return match_all(prediction, case.answers)
 
     def _chain(self, random: Random, letters: int) -> tuple[list[str], str, list[str]]:
         """Names, their value, and the assignments in order."""
