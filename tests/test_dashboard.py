@@ -41,7 +41,9 @@ from bench.screenshot import FLAGS
 CSP = "default-src 'self'"
 
 
-@pytest.fixture(scope="session")
+# Of the module, not the session: while Playwright runs, this thread has a running event loop,
+# and `asyncio.run` in the tests of another file would be refused.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
