@@ -11,66 +11,17 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from check_tools import VOCABULARY, encode, findings, planted_model, tiny_model
+from transformers import DynamicCache
 
 from vllm_kvcompress.check.__main__ import main
 from vllm_kvcompress.check.attention import own_attention
 from vllm_kvcompress.check.dense import Shape, compress, compute, follow, kept_tokens
-from vllm_kvcompress.check.findings import Findings, Loss
 from vllm_kvcompress.check.measure import measure, rank_correlation, received_attention
-from vllm_kvcompress.check.recommend import MAX_RECALL, MAX_RIGHT, MAX_TEXT, advise
+from vllm_kvcompress.check.recommend import MAX_TEXT, advise
 from vllm_kvcompress.check.report import as_json, markdown, plot
 from vllm_kvcompress.check.texts import FACT, built_in_text, samples, text_of
 from vllm_kvcompress.methods import METHODS
-
-VOCABULARY = 128
-
-
-def encode(text: str) -> list[int]:
-    """A token per character."""
-    return [ord(char) % VOCABULARY for char in text]
-
-
-def tiny_model(**more: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=4096,
-        **more,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def planted_model(sign: float) -> LlamaForCausalLM:
-    """Attention falls (``sign=1``) or rises with the norm of a key, and with nothing else.
-
-    All queries are one vector; keys are multiples of it, by a number that the token's
-    embedding holds. Both live in the channels that hardly turn with the position.
-    """
-    model = tiny_model(attention_bias=True, rope_theta=1e9)
-    slow = torch.tensor([3, 7])  # the slowest pair of eight channels
-    numbers = torch.linspace(0.05, 0.95, VOCABULARY)
-    with torch.no_grad():
-        embedding = torch.zeros(VOCABULARY, 32)
-        embedding[:, 0], embedding[:, 1] = numbers, (1 - numbers**2).sqrt()
-        model.model.embed_tokens.weight.copy_(embedding)
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            for name, parameter in attention.named_parameters():
-                if not name.startswith("v_proj.weight"):
-                    parameter.zero_()
-            for head in range(4):
-                attention.q_proj.bias[8 * head + slow] = sign
-            for head in range(2):
-                attention.k_proj.weight[8 * head + slow, 0] = -1.0
-            layer.mlp.down_proj.weight.zero_()
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -216,25 +167,6 @@ def test_random_scores_have_no_signal(cases):
 # Advice.
 
 
-def findings(losses: dict[str, list[float]], signal: dict[str, float]) -> Findings:
-    """Losses at 25, 50 and 75 % removed in units of what is acceptable."""
-    shares = (0.25, 0.5, 0.75)
-    return Findings(
-        model="made-up",
-        tokens=1000,
-        correlation={name: [[signal[name]] * 2] * 3 for name in losses},
-        losses=[
-            Loss(name, share, part * MAX_TEXT, part * MAX_RECALL, part * MAX_RIGHT)
-            for name, own in losses.items()
-            for share, part in zip(shares, own, strict=True)
-        ],
-        full_right=0.9,
-        seconds=1.0,
-        sinks=4,
-        recent=64,
-    )
-
-
 def test_advice_is_the_method_that_may_remove_most():
     advice = advise(
         findings(
@@ -369,7 +301,9 @@ def test_check_of_the_bundled_model(tmp_path, capsys):
     read = json.loads((tmp_path / "check.json").read_text())
     assert code == (0 if read["advice"]["use"] else 1)
     assert "rank correlation" in capsys.readouterr().out
-    losses = {(loss["method"], loss["removed"]): loss for loss in read["losses"]}
+    losses = {(loss["method"], loss["removed"], loss["skip"]): loss for loss in read["losses"]}
     # Nothing that looks at keys may do worse on text than chance does at twice the share.
-    assert losses["keydiff", 0.25]["text"] < losses["random", 0.5]["text"] + 0.05
+    assert losses["keydiff", 0.25, False]["text"] < losses["random", 0.5, False]["text"] + 0.05
     assert len(read["correlation"]["knorm"]) == 30
+    assert max(range(30), key=lambda layer: read["layer_loss"][layer]) == 18
+    assert 18 in read["skip_layers"]

@@ -8,7 +8,8 @@ documentation that Python ships, or out of files of yours, with facts planted in
 computed exactly and compressed by each method; then the model continues the text and answers
 questions about the facts, and what it loses against the full cache is compared. The rank
 correlation tells how well a method's score foretells the attention that each token receives,
-per layer and KV head. The last lines are settings to paste, or "do not use".
+per layer and KV head. Then each layer alone is compressed; if a few lose far more than the others,
+all is measured again with these whole. The last lines are settings to paste, or "do not use".
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--markdown", type=Path, help="file for what is also printed")
-    parser.add_argument("--plot", type=Path, help="file for correlations per layer; matplotlib")
+    parser.add_argument("--plot", type=Path, help="file for a plot per layer; matplotlib")
     return parser
 
 

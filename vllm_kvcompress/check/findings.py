@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-TEXT, RECALL, RIGHT = "text", "recall", "right"
+BASELINES = frozenset({"random", "streaming"})
+"""Methods that look at no key. Another one must beat them, or its scores say nothing."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Loss:
     ----------
     method : str
     removed : float
-        Share of the context's tokens removed, from 0 to 1.
+        Share of the context's tokens removed, from 0 to 1; the mean over all layers.
     text : float
         Loss of mean log-probability of how the text goes on, nats per token.
     recall : float
@@ -25,6 +26,8 @@ class Loss:
     right : float
         Share of these answers that the model no longer gets right although the full cache
         did; negative if it gets more of them.
+    skip : bool
+        Whether the layers of ``Findings.skip_layers`` stayed whole and the others lost more.
     """
 
     method: str
@@ -32,6 +35,7 @@ class Loss:
     text: float
     recall: float
     right: float
+    skip: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class Findings:
     seconds : float
     sinks, recent : int
         Tokens that no method could remove.
+    layer_method : str or None
+        The method by which each layer alone was compressed; ``None`` if none was.
+    layer_loss : list of float
+        By layer, what compressing it alone costs: loss of mean log-probability of answers,
+        nats per token.
+    skip_layers : tuple of int
+        Layers that lose far more than the others; all methods were measured again with these
+        whole.
     """
 
     model: str
@@ -62,6 +74,9 @@ class Findings:
     seconds: float
     sinks: int
     recent: int
+    layer_method: str | None = None
+    layer_loss: list[float] = field(default_factory=list)
+    skip_layers: tuple[int, ...] = ()
 
     @property
     def methods(self) -> list[str]:
@@ -73,10 +88,20 @@ class Findings:
         """Shares removed, ascending."""
         return sorted({loss.removed for loss in self.losses})
 
-    def loss(self, method: str, removed: float) -> Loss:
+    def measured(self, skip: bool) -> list[float]:
+        """Shares removed without or with layers skipped, ascending: not all are in reach then."""
+        return sorted({loss.removed for loss in self.losses if loss.skip == skip})
+
+    @property
+    def ways(self) -> list[tuple[str, bool]]:
+        """Methods, without and with layers skipped, in the order of measuring."""
+        return list(dict.fromkeys((loss.method, loss.skip) for loss in self.losses))
+
+    def loss(self, method: str, removed: float, skip: bool = False) -> Loss:
         """Of one method at one share."""
+        wanted = (method, removed, skip)
         return next(
-            loss for loss in self.losses if (loss.method, loss.removed) == (method, removed)
+            loss for loss in self.losses if (loss.method, loss.removed, loss.skip) == wanted
         )
 
     def by_layer(self, method: str) -> list[float]:

@@ -1,31 +1,26 @@
-"""Measuring a model: rank correlation with real attention, and loss at each share removed."""
+"""Measuring a model: rank correlation with real attention, and loss at each share removed.
+
+Then which layers lose most if compressed alone, and all losses again with these whole.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from vllm_kvcompress.check.attention import noting_attention, own_attention
-from vllm_kvcompress.check.dense import (
-    Context,
-    Shape,
-    compress,
-    compute,
-    follow,
-    kept_tokens,
-    layer_scores,
-)
-from vllm_kvcompress.check.findings import Findings, Loss
+from vllm_kvcompress.check.dense import Context, Shape, compute, follow, kept_tokens, layer_scores
+from vllm_kvcompress.check.findings import BASELINES, Findings, Loss
+from vllm_kvcompress.check.layers import Say, layer_losses, skipping_losses, tell_compressed
+from vllm_kvcompress.check.skip import choose_layers
+from vllm_kvcompress.check.tally import Tally, against, tell
 from vllm_kvcompress.check.texts import Sample
 from vllm_kvcompress.methods import Method
-
-Say = Callable[[str], None]
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
@@ -82,36 +77,6 @@ def received_attention(
     return total
 
 
-class _Tally:
-    """What samples add to a loss."""
-
-    def __init__(self) -> None:
-        self.text: list[float] = []
-        self.recall: list[float] = []
-        self.right: list[float] = []
-
-
-def _tell(
-    model: Any,
-    contexts: Sequence[Context],
-    position: int,
-    sample: Sample,
-    tallies: Sequence[_Tally],
-) -> None:
-    """Add a sample to the tally of each context, all of equal length."""
-    told, _ = follow(model, contexts, position, sample.continuation)
-    for tally, own in zip(tallies, told.mean(1).tolist(), strict=True):
-        tally.text.append(own)
-    for recall in sample.recalls:
-        told, best = follow(model, contexts, position, recall.question + recall.answer)
-        answer = len(recall.answer)
-        means = told[:, -answer:].mean(1).tolist()
-        right = best[:, -answer:].all(1).tolist()
-        for tally, mean, all_right in zip(tallies, means, right, strict=True):
-            tally.recall.append(mean)
-            tally.right.append(float(all_right))
-
-
 def measure(
     model: Any,
     name: str,
@@ -144,14 +109,14 @@ def measure(
     """
     started = time.monotonic()
     correlation: dict[str, list[torch.Tensor]] = defaultdict(list)
-    full = _Tally()
-    lossy = {pair: _Tally() for pair in product(methods, shares)}
+    full = Tally()
+    lossy = {share: {label: Tally() for label in methods} for share in shares}
     tokens = 0
     with own_attention(model):
         for number, sample in enumerate(samples, 1):
             context = compute(model, sample.context)
             tokens += context.tokens
-            _tell(model, [context], context.tokens, sample, [full])
+            tell(model, [context], context.tokens, sample, [full])
             questions = [recall.question + recall.answer for recall in sample.recalls]
             received = received_attention(model, context, [sample.continuation, *questions])
             for label, method in methods.items():
@@ -160,18 +125,49 @@ def measure(
                     for layer, own in enumerate(received)
                 ]
                 correlation[label].append(torch.stack(found))
-            for share in shares:
+            for share, tallies in lossy.items():
                 keep = [kept_tokens(share, context.tokens, shape)] * len(context.keys)
-                small = [compress(context, method, keep, shape) for method in methods.values()]
-                tallies = [lossy[label, share] for label in methods]
-                _tell(model, small, context.tokens, sample, tallies)
+                tell_compressed(model, context, sample, methods, keep, shape, tallies)
             say(f"context {number} of {len(samples)}: {time.monotonic() - started:.0f} s")
-    losses = [Loss(label, share, *_against(full, tally)) for (label, share), tally in lossy.items()]
-    means = {label: torch.stack(own).mean(0).tolist() for label, own in correlation.items()}
-    seconds = time.monotonic() - started
+        losses = [
+            Loss(label, share, *against(full, tallies[label]))
+            for label in methods
+            for share, tallies in lossy.items()
+        ]
+        best = _least_lossy(losses)
+        alone: list[float] = []
+        skip: tuple[int, ...] = ()
+        if best is not None:
+            alone = layer_losses(model, samples, methods[best], shape, say)
+            skip = choose_layers(alone)
+        if skip:
+            losses += skipping_losses(
+                model, samples, methods, shares, shape, skip, len(alone), full, say
+            )
     return Findings(
-        name, tokens, means, losses, fmean(full.right), seconds, shape.sinks, shape.recent
+        model=name,
+        tokens=tokens,
+        correlation={
+            label: torch.stack(own).mean(0).tolist() for label, own in correlation.items()
+        },
+        losses=losses,
+        full_right=fmean(full.right),
+        seconds=time.monotonic() - started,
+        sinks=shape.sinks,
+        recent=shape.recent,
+        layer_method=best,
+        layer_loss=alone,
+        skip_layers=skip,
     )
+
+
+def _least_lossy(losses: Sequence[Loss]) -> str | None:
+    """The method that looks at keys and loses least, if any does."""
+    total: dict[str, float] = defaultdict(float)
+    for loss in losses:
+        if loss.method not in BASELINES:
+            total[loss.method] += loss.text + loss.recall
+    return min(total, key=lambda method: total[method], default=None)
 
 
 def _correlation(
@@ -180,11 +176,3 @@ def _correlation(
     """Over the tokens that a method chooses from."""
     scores = layer_scores(context, method, layer, shape)
     return rank_correlation(scores[:, shape.sinks :], received[:, shape.sinks : scores.shape[1]])
-
-
-def _against(full: _Tally, lossy: _Tally) -> tuple[float, float, float]:
-    return (
-        fmean(full.text) - fmean(lossy.text),
-        fmean(full.recall) - fmean(lossy.recall),
-        fmean(full.right) - fmean(lossy.right),
-    )

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vllm_kvcompress.check.findings import Findings
+from vllm_kvcompress.check.layers import LAYER_REMOVED
 from vllm_kvcompress.check.recommend import Advice
+from vllm_kvcompress.check.skip import MAX_GROUPS, named, sensitive_layers
+
+WORST = 5
+"""Layers that are named with their losses."""
 
 
 def markdown(findings: Findings, advice: Advice) -> str:
@@ -22,14 +29,16 @@ def markdown(findings: Findings, advice: Advice) -> str:
         "| Method | Rank correlation | " + " | ".join(map(_share, findings.shares)) + " |",
         "|---" * (2 + len(findings.shares)) + "|",
     ]
-    for method in findings.methods:
-        cells = [_cell(findings, method, share) for share in findings.shares]
-        lines.append(f"| `{method}` | {findings.signal(method):+.2f} | " + " | ".join(cells) + " |")
+    for method, skip in findings.ways:
+        cells = [_cell(findings, method, share, skip) for share in findings.shares]
+        label = f"`{method}`, layers skipped" if skip else f"`{method}`"
+        lines.append(f"| {label} | {findings.signal(method):+.2f} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Losses against the full cache: nats per token on running text / nats per token of "
         "recalled facts / share of facts lost.",
         "",
+        *_layers(findings),
         *(f"- `{method}`: {verdict}." for method, verdict in advice.verdicts.items()),
         "",
         *advice.words,
@@ -47,9 +56,44 @@ def _share(removed: float) -> str:
     return f"{removed:.0%} removed"
 
 
-def _cell(findings: Findings, method: str, share: float) -> str:
-    loss = findings.loss(method, share)
+def _cell(findings: Findings, method: str, share: float, skip: bool) -> str:
+    if share not in findings.measured(skip):
+        return "out of reach"
+    loss = findings.loss(method, share, skip)
     return f"{loss.text:.3f} / {loss.recall:.2f} / {loss.right:.0%}"
+
+
+def _layers(findings: Findings) -> list[str]:
+    """What layers lose alone and which are skipped, as a paragraph; empty if not measured."""
+    losses = findings.layer_loss
+    if not losses:
+        return []
+    worst = sorted(range(len(losses)), key=lambda layer: -losses[layer])[:WORST]
+    told = (
+        f"Each layer alone with {LAYER_REMOVED:.0%} removed by `{findings.layer_method}`, nats per "
+        f"token of recalled facts: median {median(losses):.3f}, the worst are "
+        f"{', '.join(f'layer {layer} ({losses[layer]:.3f})' for layer in worst)}. "
+    )
+    if not findings.skip_layers:
+        return [told + _none_skipped(losses), ""]
+    told += (
+        f"Where layers are skipped, {named(findings.skip_layers)} keep"
+        f"{'s' * (len(findings.skip_layers) == 1)} every token and the others fewer, so that the "
+        "mean over all layers is the share removed; it is out of reach where the others would keep "
+        "fewer than the first and last tokens."
+    )
+    return [told, ""]
+
+
+def _none_skipped(losses: Sequence[float]) -> str:
+    sensitive = sorted(sensitive_layers(losses))
+    if not sensitive:
+        return "No layer loses so much more than the others that it should be skipped."
+    words, lose = named(sensitive).capitalize(), "loses" if len(sensitive) == 1 else "lose"
+    return (
+        f"{words} {lose} far more, but no number of layers up to a quarter of {len(losses)} can be "
+        f"skipped without more than {MAX_GROUPS} KV cache groups."
+    )
 
 
 def as_json(findings: Findings, advice: Advice) -> str:
@@ -67,7 +111,7 @@ def as_json(findings: Findings, advice: Advice) -> str:
 
 
 def plot(findings: Findings, file: Path) -> None:
-    """Draw the rank correlation per layer, and per head as dots.
+    """Draw the rank correlation per layer, and per head as dots; last what layers lose alone.
 
     Parameters
     ----------
@@ -86,9 +130,10 @@ def plot(findings: Findings, file: Path) -> None:
         raise ValueError(
             "the plot needs matplotlib: pip install matplotlib, or leave --plot out."
         ) from None
-    figure = Figure(figsize=(9, 2.2 * len(findings.methods)), layout="constrained")
-    axes = figure.subplots(len(findings.methods), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, method in zip(axes, findings.methods, strict=True):
+    rows = len(findings.methods) + bool(findings.layer_loss)
+    figure = Figure(figsize=(9, 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for axis, method in zip(axes, findings.methods, strict=False):
         heads = findings.correlation[method]
         for layer, own in enumerate(heads):
             axis.scatter([layer] * len(own), own, s=8, color="tab:gray")
@@ -96,7 +141,14 @@ def plot(findings: Findings, file: Path) -> None:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylim(-1, 1)
         axis.set_ylabel(method)
-    axes[-1].set_xlabel("layer")
+    if findings.layer_loss:
+        skipped = set(findings.skip_layers)
+        layers = range(len(findings.layer_loss))
+        colors = ["tab:red" if layer in skipped else "tab:blue" for layer in layers]
+        axes[-1].bar(layers, findings.layer_loss, color=colors)
+        axes[-1].axhline(0, color="black", linewidth=0.8)
+        axes[-1].set_ylabel(f"{findings.layer_method}:\nnats lost alone")
+    axes[-1].set_xlabel("layer" + (" (red: skipped)" if findings.skip_layers else ""))
     figure.suptitle(f"{findings.model}: rank correlation of score and attention")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

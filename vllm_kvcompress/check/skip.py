@@ -1,0 +1,111 @@
+"""Which layers should keep every token, and what the others keep then. Pure arithmetic.
+
+In many models a few layers alone fetch what is asked for; compressing them costs more than
+compressing all others together. ``skip_layers`` keeps them whole. vLLM groups layers by equal
+specs, so only some numbers of skipped layers are any good: see :mod:`vllm_kvcompress.bands`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from vllm_kvcompress.bands import group_layout, plan_bands
+from vllm_kvcompress.settings import parse_settings
+
+SENSITIVE = 0.1
+"""Loss from which a layer may count as sensitive, nats per answer token: noise on a few facts
+is well below."""
+
+APART = 5.0
+"""How many times the median layer's loss a sensitive layer has to lose."""
+
+MOST_SKIPPED = 0.25
+"""Largest share of layers to keep whole: they hold that share of the cache in any case."""
+
+MAX_GROUPS = 10
+"""Most KV cache groups that skipping may lead to; each has block tables and metadata of its
+own in every step."""
+
+_BLOCK_SIZE = 16  # Tokens; the number of groups does not depend on it.
+
+
+def sensitive_layers(losses: Sequence[float]) -> list[int]:
+    """Layers that lose far more than the others do, the worst first.
+
+    Never more than half of them: these are not below the median. A model all of whose layers
+    lose alike has none.
+
+    Parameters
+    ----------
+    losses : sequence of float
+        Loss by layer where it alone is compressed, nats per answer token.
+    """
+    least = max(SENSITIVE, APART * median(losses))
+    return [layer for layer in _worst_first(losses) if losses[layer] > least]
+
+
+def allowed_sizes(num_layers: int) -> list[int]:
+    """How many of a model's layers may be skipped, ascending, from 0.
+
+    At most a quarter of them, where the groups that :func:`~vllm_kvcompress.bands.plan_bands`
+    chooses (none wastes more than 5 % on padding) are at most ``MAX_GROUPS``.
+    """
+    most = int(MOST_SKIPPED * num_layers)
+    return [0, *(size for size in range(1, most + 1) if _groups(num_layers, size) <= MAX_GROUPS)]
+
+
+def _groups(num_layers: int, skipped: int) -> int:
+    settings = parse_settings({"skip_layers": list(range(skipped))})
+    bands = plan_bands(settings, num_layers, _BLOCK_SIZE)
+    return group_layout([len(band.layers) for band in bands])[1]
+
+
+def choose_layers(losses: Sequence[float]) -> tuple[int, ...]:
+    """Layers to skip: the fewest allowed that hold every sensitive one, filled with the next worst.
+
+    Parameters
+    ----------
+    losses : sequence of float
+        As for :func:`sensitive_layers`.
+
+    Returns
+    -------
+    tuple of int
+        Ascending; empty if no layer is sensitive. If more are than may be skipped, the worst
+        of them, as many as may be.
+    """
+    count = len(sensitive_layers(losses))
+    sizes = allowed_sizes(len(losses))
+    size = next((size for size in sizes if size >= count), sizes[-1])
+    return tuple(sorted(_worst_first(losses)[:size]))
+
+
+def _worst_first(losses: Sequence[float]) -> list[int]:
+    return sorted(range(len(losses)), key=lambda layer: (-losses[layer], layer))
+
+
+def keep_ratio(removed: float, skipped: int, num_layers: int) -> float:
+    """Share that compressed layers keep for a mean over all layers, some of which stay whole.
+
+    Parameters
+    ----------
+    removed : float
+        Share removed in the mean over all layers, from 0 to 1.
+    skipped, num_layers : int
+        Layers that stay whole, and all layers.
+
+    Returns
+    -------
+    float
+        Not positive if the whole layers alone hold more than is to be kept.
+    """
+    whole = skipped / num_layers
+    return (1 - removed - whole) / (1 - whole)
+
+
+def named(layers: Sequence[int]) -> str:
+    """Layers in words: ``layers 7, 18 and 23``."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    return f"layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}"
