@@ -313,6 +313,12 @@ def test_report_tells_of_layers(tmp_path):
     assert (tmp_path / "some.png").read_bytes() != (tmp_path / "none.png").read_bytes()
 
 
+def test_report_tells_if_skipping_reaches_no_share():
+    found = with_skipping(findings(FLAT, SIGNAL), {})
+    told = markdown(found, advise(found))
+    assert "With layers 7, 18 and 23 whole, all shares removed are out of reach." in told
+
+
 @pytest.mark.parametrize(
     ("losses", "says"),
     [

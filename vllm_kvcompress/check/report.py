@@ -76,6 +76,9 @@ def _layers(findings: Findings) -> list[str]:
     )
     if not findings.skip_layers:
         return [told + _none_skipped(losses), ""]
+    if not findings.measured(skip=True):
+        skipped = named(findings.skip_layers)
+        return [told + f"With {skipped} whole, all shares removed are out of reach.", ""]
     told += (
         f"Where layers are skipped, {named(findings.skip_layers)} keep"
         f"{'s' * (len(findings.skip_layers) == 1)} every token and the others fewer, so that the "

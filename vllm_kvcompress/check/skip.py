@@ -1,8 +1,8 @@
 """Which layers should keep every token, and what the others keep then. Pure arithmetic.
 
-In many models a few layers alone fetch what is asked for; compressing them costs more than
-compressing all others together. ``skip_layers`` keeps them whole. vLLM groups layers by equal
-specs, so only some numbers of skipped layers are any good: see :mod:`vllm_kvcompress.bands`.
+In some models a few layers alone fetch what is asked for, and compressing these costs most.
+``skip_layers`` keeps them whole. vLLM groups layers by equal specs, so only some numbers of skipped
+layers are any good: see :mod:`vllm_kvcompress.bands`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from vllm_kvcompress.bands import group_layout, plan_bands
 from vllm_kvcompress.settings import parse_settings
 
 SENSITIVE = 0.1
-"""Loss from which a layer may count as sensitive, nats per answer token: noise on a few facts
-is well below."""
+"""Loss from which a layer may count as sensitive, nats per answer token. Of the bundled model's
+30 layers, 27 are below 0.05 on twelve facts."""
 
 APART = 5.0
 """How many times the median layer's loss a sensitive layer has to lose."""
@@ -33,8 +33,8 @@ _BLOCK_SIZE = 16  # Tokens; the number of groups does not depend on it.
 def sensitive_layers(losses: Sequence[float]) -> list[int]:
     """Layers that lose far more than the others do, the worst first.
 
-    Never more than half of them: these are not below the median. A model all of whose layers
-    lose alike has none.
+    Never more than half of them, as they are above the median. A model all of whose layers lose
+    alike has none.
 
     Parameters
     ----------
