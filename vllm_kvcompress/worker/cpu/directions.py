@@ -136,10 +136,10 @@ def score_differences(
 ) -> None:
     """Scores of :class:`~vllm_kvcompress.methods.keydiff.KeyDiff`; room as of :func:`find_mean`."""
     find_mean(keys, size, like, block, means, out)
-    last = keys.blocks.shape[0] - 1
-    for index in range(last + 1):
+    # Backwards: what was read last is in a cache still, and what is read now last moves first.
+    for index in range(keys.blocks.shape[0] - 1, -1, -1):
         base = keys.cache + keys.blocks[index] * keys.page
-        ahead = keys.cache + keys.blocks[min(index + 1, last)] * keys.page
+        ahead = keys.cache + keys.blocks[max(index - 1, 0)] * keys.page
         cosines_of_block(base, ahead, keys.starts, size, like, means, out, index * size)
     steps, inverse = splat(np.float32(-UNIT)), splat(np.float32(1 / UNIT))
     for place in range(address_of(out), address_of(out) + out.shape[0] * 4, WIDTH * 4):
@@ -225,9 +225,9 @@ def score_keys_and_values(
     """
     find_mean(keys, size, like, block, means, out)
     factor = np.float32(scale) * np.float32(scale)
-    last = keys.blocks.shape[0] - 1
-    for index in range(last + 1):
-        later, first = min(index + 1, last), index * size
+    # Backwards, as in score_differences.
+    for index in range(keys.blocks.shape[0] - 1, -1, -1):
+        later, first = max(index - 1, 0), index * size
         base = keys.cache + keys.blocks[index] * keys.page
         ahead = keys.cache + keys.blocks[later] * keys.page
         cosines_of_block(base, ahead, keys.starts, size, like, means, out, first)
