@@ -88,6 +88,8 @@ def test_compaction_counts_the_bytes_that_plans_need(compaction: Path) -> None:
     }
     # Keys of 16 blocks and values of 4, then both of 4.
     assert found["knorm"] == found["keydiff"] == 16 + 4 + 2 * 4
+    # Keys and values of 16 blocks, then both of 4.
+    assert found["kvdiff"] == 2 * 16 + 2 * 4
     assert found["streaming"] == found["random"] == 4 * 4
     # 15 blocks behind the sinks' own become 5: one per power of two.
     merged = [r for r in rows if r["method"] == "merge, mean" and r["tokens"] == 512]
@@ -101,6 +103,15 @@ def test_compaction_prints_tables(compaction: Path) -> None:
     assert "python -m bench.compaction --quick" in table
     assert "| `merge, mean` |" in table
     assert "| two blocks into one |" in table
+
+
+def test_compaction_prints_tables_of_runs_with_fewer_cases(compaction: Path) -> None:
+    from bench.compaction import markdown
+
+    report = json.loads(compaction.read_text())
+    report["compaction"] = [r for r in report["compaction"] if r["method"] != "kvdiff"]
+    table = markdown(report)
+    assert "| `keydiff` |" in table and "kvdiff" not in table
 
 
 def test_the_suite_reports_and_draws_compactions(compaction: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vllm_kvcompress.levels import Round
 from vllm_kvcompress.methods import Method, ScoreContext
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import KNorm
+from vllm_kvcompress.methods.kvdiff import KVDiff
 from vllm_kvcompress.methods.pooling import Best, Max, Mean, Pooling, Rotation
 from vllm_kvcompress.methods.random import Random
 from vllm_kvcompress.methods.streaming import Streaming
@@ -37,6 +38,7 @@ POOLINGS: dict[type, int] = {Mean: pool.MEAN, Max: pool.MAX, Best: pool.BEST}
 METHODS: dict[type, int] = {
     KNorm: evict.KNORM,
     KeyDiff: evict.KEYDIFF,
+    KVDiff: evict.KVDIFF,
     Random: evict.RANDOM,
     Streaming: evict.STREAMING,
 }
@@ -211,7 +213,7 @@ class CompiledBandPages(BandPages):
         tokens, keep = len(sources) * size, len(destinations) * size
         keys = self._key_runs.part
         kind = METHODS.get(type(method), evict.GIVEN)
-        if kind == evict.KEYDIFF and not keys.across:
+        if kind in (evict.KEYDIFF, evict.KVDIFF) and not keys.across:
             kind = evict.GIVEN
         drawn, read = NO_KEYS, np.array(sources, np.int64)
         if kind == evict.GIVEN:
@@ -219,7 +221,7 @@ class CompiledBandPages(BandPages):
         elif kind == evict.STREAMING:
             scores = NO_SCORES
         else:
-            scores = scratch(FLOATS, 1, tokens, purpose="scores")
+            scores = scratch(FLOATS, 1 + method.needs_values, tokens, purpose="scores")
         if isinstance(method, Random):
             own = [method.keys_of_heads(context(layer), heads) for layer in self.layers]
             drawn = np.array(own, np.int64).reshape(-1)

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_kvcompress.worker.cpu.directions import score_differences, score_keys_and_values
 from vllm_kvcompress.worker.cpu.intrinsics import LANES, compiled
-from vllm_kvcompress.worker.cpu.moves import Part, in_order, move_head
+from vllm_kvcompress.worker.cpu.moves import Part, in_order, move_head, place_of
 from vllm_kvcompress.worker.cpu.ranks import (
     choose,
     keep_latest,
     score_at_random,
-    score_differences,
     score_norms,
     squared_norms,
 )
 
-GIVEN, KNORM, KEYDIFF, RANDOM, STREAMING = range(5)
+GIVEN, KNORM, KEYDIFF, KVDIFF, RANDOM, STREAMING = range(6)
 """Methods, as kernels know them; ``GIVEN`` is any whose scores somebody else has found."""
 
 
 @compiled
 def mark_row(
     keys: Part,
+    values: Part,
     layer: int,
     head: int,
     size: int,
@@ -35,13 +36,17 @@ def mark_row(
     key: int,
     scale: float,
     scores: np.ndarray,
+    norms: np.ndarray,
     ranks: np.ndarray,
     block: np.ndarray,
     means: np.ndarray,
     masks: np.ndarray,
     like: np.ndarray,
 ) -> None:
-    """Mark the tokens of a head that stay; ``scores`` are filled unless they are given."""
+    """Mark the tokens of a head that stay; ``scores`` are filled unless they are given.
+
+    ``norms`` is room like ``scores``, where values are looked at.
+    """
     cache, starts = keys.caches[layer], keys.starts[head]
     if method == STREAMING:
         keep_latest(sources.shape[0] * size, keep, sinks, masks)
@@ -52,7 +57,12 @@ def mark_row(
         )
         score_norms(scores)
     elif method == KEYDIFF:
-        score_differences(cache, keys.page, starts, size, sources, like, block, means, scores)
+        score_differences(place_of(keys, layer, head, sources), size, like, block, means, scores)
+    elif method == KVDIFF:
+        score_keys_and_values(
+            place_of(keys, layer, head, sources), place_of(values, layer, head, sources),
+            values.across, size, scale, like, block, means, norms, scores,
+        )  # fmt: skip
     elif method == RANDOM:
         score_at_random(key, scores)
     choose(scores, keep, sinks, ranks, masks)
@@ -84,7 +94,8 @@ def evict(
     random_keys : np.ndarray
         ``[layers * kv_heads]``, int64, where tokens are drawn.
     scores : np.ndarray
-        ``[layers * kv_heads, n * size]``, float32, if given; else one row of room.
+        ``[layers * kv_heads, n * size]``, float32, if given; else room:
+        one row, and for methods that look at values another.
     masks : np.ndarray
         ``[layers * kv_heads, n * size / LANES]``, uint32, filled.
     """
@@ -97,11 +108,11 @@ def evict(
     for layer in range(keys.caches.shape[0]):
         for head in range(heads):
             row = layer * heads + head
-            own = scores[row if method == GIVEN else 0]
+            own, norms = scores[row if method == GIVEN else 0], scores[scores.shape[0] - 1]
             key = random_keys[row] if method == RANDOM else 0
             mark_row(
-                keys, layer, head, size, sources, keep, sinks, method, key, scale, own, ranks,
-                block, means, masks[row], like,
+                keys, values, layer, head, size, sources, keep, sinks, method, key, scale, own,
+                norms, ranks, block, means, masks[row], like,
             )  # fmt: skip
             move_head(
                 keys, values, layer, head, size, sources, masks[row], destinations, plain,

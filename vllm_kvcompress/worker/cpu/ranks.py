@@ -21,13 +21,10 @@ from vllm_kvcompress.worker.cpu.intrinsics import (
 from vllm_kvcompress.worker.cpu.moves import Part
 from vllm_kvcompress.worker.cpu.vectors import (
     WIDTH,
-    divide,
     fma,
-    largest,
     load,
     multiply,
     splat,
-    square_root,
     store,
     total,
 )
@@ -35,8 +32,48 @@ from vllm_kvcompress.worker.cpu.vectors import (
 NEAR = 11
 """Bits that :func:`~vllm_kvcompress.methods.base.settle_near_ties` rounds away."""
 
-UNIT = 4096
-"""Steps of a cosine of 1, see :class:`~vllm_kvcompress.methods.keydiff.KeyDiff`."""
+
+@compiled
+def norms_of_block(
+    base: int,
+    ahead: int,
+    starts: np.ndarray,
+    run: int,
+    across: bool,
+    size: int,
+    factor: float,
+    like: np.ndarray,
+    out: np.ndarray,
+    first: int,
+) -> None:
+    """Squared norms, times a factor, of a head's keys (or values) of one block.
+
+    Written to ``out`` from token ``first`` on, float32; ``ahead`` is the page to ask for.
+    """
+    item = like.itemsize
+    step = WIDTH * item
+    zero = splat(np.float32(0))
+    if across:
+        factors = splat(np.float32(factor))
+        room = address_of(out) + first * 4
+        for lane in range(0, size, LANES):
+            one, other = zero, zero
+            for dim in range(starts.shape[0]):
+                at = starts[dim] + lane * item
+                fetch(ahead + at, like)
+                left, right = load(base + at, like), load(base + at + step, like)
+                one, other = fma(left, left, one), fma(right, right, other)
+            place = room + lane * 4
+            store(place, out, multiply(one, factors))
+            store(place + 4 * WIDTH, out, multiply(other, factors))
+    else:
+        for token in range(size):
+            fetch_bytes(ahead + starts[token], run)
+            sums = zero
+            for at in range(starts[token], starts[token] + run, step):
+                own = load(base + at, like)
+                sums = fma(own, own, sums)
+            out[first + token] = total(sums) * np.float32(factor)
 
 
 @compiled
@@ -53,33 +90,12 @@ def squared_norms(
     out: np.ndarray,
 ) -> None:
     """Squared norms ``[n * size]``, float32, of the keys of one head."""
-    item, last = like.itemsize, blocks.shape[0] - 1
-    step = WIDTH * item
+    last = blocks.shape[0] - 1
     factor = np.float32(scale) * np.float32(scale)
-    zero, factors = splat(np.float32(0)), splat(factor)
-    room = address_of(out)
     for index in range(blocks.shape[0]):
         base = cache + blocks[index] * page
         ahead = cache + blocks[min(index + 1, last)] * page
-        if across:
-            for lane in range(0, size, LANES):
-                one, other = zero, zero
-                for dim in range(starts.shape[0]):
-                    at = starts[dim] + lane * item
-                    fetch(ahead + at, like)
-                    first, second = load(base + at, like), load(base + at + step, like)
-                    one, other = fma(first, first, one), fma(second, second, other)
-                place = room + (index * size + lane) * 4
-                store(place, out, multiply(one, factors))
-                store(place + 4 * WIDTH, out, multiply(other, factors))
-        else:
-            for token in range(size):
-                fetch_bytes(ahead + starts[token], run)
-                sums = zero
-                for at in range(starts[token], starts[token] + run, step):
-                    own = load(base + at, like)
-                    sums = fma(own, own, sums)
-                out[index * size + token] = total(sums) * factor
+        norms_of_block(base, ahead, starts, run, across, size, factor, like, out, index * size)
 
 
 @compiled
@@ -90,77 +106,6 @@ def score_norms(norms: np.ndarray) -> None:
     for token in range(norms.shape[0]):
         negative = bits[token] ^ np.int32(-(1 << 31))
         bits[token] = np.int32(negative + half) & np.int32(-2 * half)
-
-
-@compiled
-def score_differences(
-    cache: int,
-    page: int,
-    starts: np.ndarray,
-    size: int,
-    blocks: np.ndarray,
-    like: np.ndarray,
-    block: np.ndarray,
-    means: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """Scores of :class:`~vllm_kvcompress.methods.keydiff.KeyDiff`, with a run a dimension.
-
-    ``block`` ``[head_dim, LANES]`` and ``means`` ``[head_dim, WIDTH]`` are room, float32.
-    The scale of elements does not matter for directions.
-    """
-    item, last, dims = like.itemsize, blocks.shape[0] - 1, starts.shape[0]
-    step = WIDTH * item
-    zero, unit = splat(np.float32(0)), splat(np.float32(1))
-    least = splat(np.float32(1e-12))
-    room, numbers, sums = address_of(out), address_of(block), address_of(means)
-    means[:] = 0
-    for index in range(blocks.shape[0]):
-        base = cache + blocks[index] * page
-        ahead = cache + blocks[min(index + 1, last)] * page
-        for lane in range(0, size, LANES):
-            one, other = zero, zero
-            for dim in range(dims):
-                at = starts[dim] + lane * item
-                fetch(ahead + at, like)
-                first, second = load(base + at, like), load(base + at + step, like)
-                place = numbers + dim * LANES * 4
-                store(place, out, first)
-                store(place + 4 * WIDTH, out, second)
-                one, other = fma(first, first, one), fma(second, second, other)
-            one = divide(unit, largest(square_root(one), least))
-            other = divide(unit, largest(square_root(other), least))
-            place = room + (index * size + lane) * 4
-            store(place, out, one)
-            store(place + 4 * WIDTH, out, other)
-            for dim in range(dims):
-                place, own = numbers + dim * LANES * 4, sums + dim * WIDTH * 4
-                so_far = fma(load(place, out), one, load(own, out))
-                store(own, out, fma(load(place + 4 * WIDTH, out), other, so_far))
-    length = np.float32(0)
-    for dim in range(dims):
-        means[dim, 0] = total(load(sums + dim * WIDTH * 4, out))
-        length += means[dim, 0] * means[dim, 0]
-    length = max(np.sqrt(length), np.float32(1e-12))
-    for dim in range(dims):
-        means[dim, 0] /= length
-    for index in range(blocks.shape[0]):
-        base = cache + blocks[index] * page
-        ahead = cache + blocks[min(index + 1, last)] * page
-        for lane in range(0, size, LANES):
-            one, other = zero, zero
-            for dim in range(dims):
-                at = starts[dim] + lane * item
-                fetch(ahead + at, like)
-                mean = splat(means[dim, 0])
-                one = fma(load(base + at, like), mean, one)
-                other = fma(load(base + at + step, like), mean, other)
-            place = room + (index * size + lane) * 4
-            store(place, out, multiply(load(place, out), one))
-            place += 4 * WIDTH
-            store(place, out, multiply(load(place, out), other))
-    for token in range(out.shape[0]):
-        out[token] = np.rint(out[token] * np.float32(-UNIT)) * np.float32(1 / UNIT)
 
 
 @compiled

@@ -336,7 +336,9 @@ add, subtract, multiply, divide = (
     for name in ("fadd", "fsub", "fmul", "fdiv")
 )
 largest = _lanewise(2, _largest)
-square_root = _lanewise(1, lambda code, one: code.call("sqrt", one))
+square_root, nearest = (
+    _lanewise(1, lambda code, one, name=name: code.call(name, one)) for name in ("sqrt", "rint")
+)
 fma = _lanewise(3, lambda code, one, other, third: code.call("fma", one, other, third))
 """``one * other + third``, rounded once."""
 
