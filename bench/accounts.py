@@ -1,11 +1,12 @@
 """What memory accounts cost, as ratios of paired runs in one engine, as JSON.
 
-    python -m bench.accounts            # about 15 minutes on 2 cores
+    python -m bench.accounts            # about 12 minutes on 2 cores
     python -m bench.accounts --quick    # a few tokens, only to see that it works
 
 ``unwatched``: decoding at batch 32 with accounts and without, and the share of time that was
-spent in them. ``watched``: the same load on a server, with five dashboards polling and without.
-The dashboards run at the lowest priority, since they share the machine with the engine here.
+spent in them. ``watched``: a server that decodes at batch 32 all the time, with five dashboards
+polling and without in turn, a window of some seconds each. The dashboards run at the lowest
+priority, since they share the machine with the server here.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
+import psutil
 
 from bench.harness.engines import make_engine, make_prompts, run, scheduler_of
 from bench.harness.machine import ROOT, in_its_own_process, machine, spread
@@ -32,6 +34,10 @@ BATCH = 32
 VIEWERS = 5
 SETTINGS = {"budget": 256, "interval": 64, "bands": 6}
 """Six groups and frequent compactions: the accounts of many events."""
+
+WINDOW_SECONDS = 10.0
+SETTLE_SECONDS = 2.0
+"""What is counted of watched or unwatched decoding, and what passes before."""
 
 PATHS = ("summary", "requests?limit=200")
 """What a dashboard asks for every second."""
@@ -110,39 +116,84 @@ def watched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
 async def _watched(
     server: subprocess.Popen[bytes], url: str, pairs: int, batch: int, prompt: int, output: int
 ) -> dict[str, Any]:
-    prompts = [p["prompt_token_ids"] for p in make_prompts(batch, prompt)]
+    # Of different lengths, so that not all are compacted in the same step.
+    prompts = [p["prompt_token_ids"][index:] for index, p in enumerate(make_prompts(batch, prompt))]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
-        base_url=url, timeout=600, trust_env=False, limits=limits
+        base_url=url, timeout=3600, trust_env=False, limits=limits
     ) as client:
         while not await _healthy(client):
             if server.poll() is not None:
                 raise RuntimeError("the server did not start")
             await asyncio.sleep(1)
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        listed = (await client.get("/v1/models")).json()["data"][0]
+        longest = listed["max_model_len"] - prompt
 
         async def complete(tokens: list[int]) -> None:
-            body = {"model": model, "prompt": tokens, "max_tokens": output, "ignore_eos": True}
-            (await client.post("/v1/completions", json=body)).raise_for_status()
+            body = {"model": listed["id"], "prompt": tokens, "max_tokens": longest}
+            (
+                await client.post("/v1/completions", json=body | {"ignore_eos": True})
+            ).raise_for_status()
 
+        decoding = asyncio.gather(*map(complete, prompts))
+        window = WINDOW_SECONDS if pairs > 1 else 2
+        while await _generated(client) < 2 * batch:
+            await asyncio.sleep(1)
+        found, used = [], []
         answers = 0
-
-        async def seconds(viewers: int) -> float:
-            nonlocal answers
-            with watching(url, viewers) as counted:
-                started = time.perf_counter()
-                await asyncio.gather(*map(complete, prompts))
-                took = time.perf_counter() - started
-            answers += sum(counted)
-            return took
-
-        await seconds(0)
-        found = []
         for pair in range(pairs):
-            order = (0, VIEWERS) if pair % 2 == 0 else (VIEWERS, 0)
-            took = {viewers: await seconds(viewers) for viewers in order}
-            found.append(took[0] / took[VIEWERS])
-    return {"throughput_ratio": spread(found), "answers_to_viewers": answers}
+            seen: dict[int, Window] = {}
+            for viewers in (0, VIEWERS) if pair % 2 == 0 else (VIEWERS, 0):
+                with watching(url, viewers) as counted:
+                    await asyncio.sleep(SETTLE_SECONDS)
+                    seen[viewers] = await _window(client, server.pid, window)
+                answers += sum(counted)
+            if decoding.done():
+                raise RuntimeError("the requests ended before the pairs did: ask for fewer")
+            found.append(seen[VIEWERS].tokens_per_second / seen[0].tokens_per_second)
+            used.append(seen[VIEWERS].cpu_per_second - seen[0].cpu_per_second)
+        decoding.cancel()
+    return {
+        "throughput_ratio": spread(found),
+        "server_cpu_seconds_per_second": spread(used),
+        "window_seconds": window,
+        "answers_to_viewers": answers,
+    }
+
+
+class Window(NamedTuple):
+    """What a server did in a while.
+
+    Attributes
+    ----------
+    tokens_per_second : float
+        Generated.
+    cpu_per_second : float
+        Processor seconds of the API server, without those of the engine, which uses all it gets.
+    """
+
+    tokens_per_second: float
+    cpu_per_second: float
+
+
+async def _window(client: httpx.AsyncClient, pid: int, seconds: float) -> Window:
+    api_server = psutil.Process(pid)
+    before, cpu, started = await _generated(client), api_server.cpu_times(), time.perf_counter()
+    await asyncio.sleep(seconds)
+    after, now = await _generated(client), api_server.cpu_times()
+    took = time.perf_counter() - started
+    used = now.user + now.system - cpu.user - cpu.system
+    return Window((after - before) / took, used / took)
+
+
+async def _generated(client: httpx.AsyncClient) -> float:
+    """Tokens generated since the server started."""
+    text = (await client.get("/metrics")).raise_for_status().text
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith("vllm:generation_tokens_total")
+    )
 
 
 @contextmanager

@@ -470,7 +470,7 @@ class BookkeepingWorker:
         end = before + len(plan.row_ids)
         assert plan.sinks == limits.sinks
         asked = plan.request_id in self.wishes
-        assert plan.method == ("of the request" if asked else "knorm")
+        assert plan.method == ("of the request" if asked else "kvdiff")
         assert plan.position == request.computed
         assert plan.row_start == before
         assert plan.end == end * self.size, "the sources end elsewhere"

@@ -114,7 +114,7 @@ def test_a_request_by_hand() -> None:
         0,
     )
     assert report["compactions"] == 4
-    assert report["method"] == "knorm"
+    assert report["method"] == "kvdiff"
     assert 0 <= report["prefill_seconds"] < report["decode_seconds"] < 60
     history = [(m["tokens"], m["bytes_held"] // PAGE, m["blocks"]) for m in report["history"]]
     assert history == [
@@ -130,8 +130,8 @@ def test_a_request_by_hand() -> None:
     assert found["live"] == []
     assert found["pool"]["used"] == 0
     assert found["totals"] == {
-        "requests": {"knorm": 1},
-        "compactions": {"knorm": 4},
+        "requests": {"kvdiff": 1},
+        "compactions": {"kvdiff": 4},
         "tokens_removed": 32,
         "tokens_merged": 0,
         "blocks_freed": 8,
@@ -205,7 +205,7 @@ def test_preempted_request() -> None:
     # The first compaction was run twice.
     assert report["compactions"] == 3
     assert slots(report) == [(3, 9, 20, 0)]
-    assert take_snapshot(engine.scheduler)["totals"]["compactions"] == {"knorm": 3}
+    assert take_snapshot(engine.scheduler)["totals"]["compactions"] == {"kvdiff": 3}
 
 
 def test_aborted_requests() -> None:
@@ -220,7 +220,7 @@ def test_aborted_requests() -> None:
     assert sizes(waited) == [0, 0, 0, 0]
     assert waited["cached_tokens"] is waited["prefill_seconds"] is waited["decode_seconds"] is None
     found = take_snapshot(engine.scheduler)
-    assert found["totals"]["requests"] == {"knorm": 2}
+    assert found["totals"]["requests"] == {"kvdiff": 2}
     # It put out nothing, so its prompt was not served.
     assert found["totals"]["prompt_tokens"] == 20
     assert sum(found["histograms"]["peak"]["counts"]) == 1
@@ -237,7 +237,7 @@ def test_only_so_many_finished_requests_are_kept() -> None:
     assert found["closings"] == 5
     assert [r["id"] for r in take_snapshot(engine.scheduler, closings=4)["closed"]] == ["4"]
     assert take_snapshot(engine.scheduler, closings=5)["closed"] == []
-    assert found["totals"]["requests"] == {"knorm": 5}
+    assert found["totals"]["requests"] == {"kvdiff": 5}
 
 
 def test_no_finished_requests_are_kept_if_so_set() -> None:

@@ -138,8 +138,8 @@ def test_summary(client: TestClient) -> None:
         assert engine.bytes_uncompressed > engine.bytes_held
         assert engine.ratio == engine.bytes_uncompressed / engine.bytes_held
         assert engine.requests.model_dump() == {"running": 1, "waiting": 1, "preempted": 0}
-        assert engine.totals.requests == {"knorm": 1}
-        assert engine.totals.compactions == {"knorm": 4}
+        assert engine.totals.requests == {"kvdiff": 1}
+        assert engine.totals.compactions == {"kvdiff": 4}
         assert engine.totals.compaction_seconds == 0.5
         assert 0 <= found.time - engine.time < 60
 
@@ -299,8 +299,8 @@ def test_metrics(client: TestClient, cores: Cores) -> None:
     assert value("bytes_held") == engine["bytes_held"]
     assert value("bytes_saved") == engine["bytes_uncompressed"] - engine["bytes_held"]
     assert value("ratio") == pytest.approx(engine["ratio"])
-    assert value("requests_total", method="knorm") == 1
-    assert value("compactions_total", method="knorm") == 4
+    assert value("requests_total", method="kvdiff") == 1
+    assert value("compactions_total", method="kvdiff") == 4
     for name in ("tokens_removed", "tokens_merged", "blocks_freed"):
         assert value(f"{name}_total") == engine["totals"][name]
     assert value("compaction_seconds_count") == 4

@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from quality_tools import MODEL, FakeServer, WordTokenizer, write_texts
 
 from bench.quality import __main__ as command
 from bench.quality.endpoint import Endpoint, EndpointError
 from bench.quality.jobs import RowFile, make_jobs
+from bench.quality.options import plan_of, run_parser
 from bench.quality.plan import FULL_PLAN, SHORT, Plan, Variant
 from bench.quality.rows import AFTER_PROMPT, DURING, FULL, STRICT, Row, RowsError, read_rows
 from bench.quality.runner import Runner
+from bench.quality.servers import own_servers
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.case import TaskError
 from bench.quality.tasks.texts import VARIABLE
+from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.methods import MERGING, METHODS
 
 TOKENS = 300
@@ -282,13 +287,51 @@ def test_plans_are_of_known_tasks() -> None:
         ]
 
 
-def test_servers_to_start() -> None:
-    assert command._servers(("knorm", "random", "merge", "knorm+merge")) == [
-        ("knorm", ["knorm", "random"]),
-        ("merge", ["merge"]),
-        ("knorm+merge", ["knorm+merge"]),
+def servers_of(*words: str) -> list[tuple[str, str, tuple[str, ...], float]]:
+    """Variant, method, what is asked for and the share of whole layers of servers to start."""
+    arguments = run_parser("").parse_args([*words])
+    plan = plan_of(arguments, {"passkey": TASKS["passkey"]})
+    model = arguments.model or str(model_directory())
+    return [
+        (one.variant, one.method, one.methods, one.whole)
+        for one in own_servers(plan, model, arguments)
     ]
-    assert command._servers(("merge",)) == [("merge", ["merge"])]
+
+
+def test_servers_to_start() -> None:
+    methods = ("--methods", "knorm,random,merge,knorm+merge")
+    assert servers_of("--model", "some/model-1", *methods) == [
+        ("", "knorm", ("knorm", "random"), 0),
+        ("", "merge", ("merge",), 0),
+        ("", "knorm+merge", ("knorm+merge",), 0),
+    ]
+    assert servers_of("--model", "some/model-1", "--methods", "merge") == [
+        ("", "merge", ("merge",), 0)
+    ]
+
+
+def test_the_bundled_model_is_served_as_by_default_and_flat() -> None:
+    assert servers_of("--short") == [
+        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.1),
+        ("flat", "kvdiff", ("kvdiff", "knorm"), 0),
+    ]
+    options = "--kvcompress-skip-layers 0,1,2,3,4,5"
+    (own,) = servers_of("--short", "--variant", "few", "--server-options", options)
+    assert own == ("few", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.2)
+    options = "--kvcompress-bands 6"
+    (own,) = servers_of("--short", "--server-options", options)
+    assert own[-1] == 0
+
+
+@given(st.floats(0.01, 0.99), st.floats(0, 0.5))
+def test_mean_share_is_kept_where_layers_are_whole(removed: float, whole: float) -> None:
+    variant = Variant("knorm", removed, STRICT)
+    assert whole + (1 - whole) * variant.keep_ratio(whole) == pytest.approx(1 - removed)
+    found = replace(SHORT, shares=(removed,)).variants("vt", ["knorm"], whole)
+    assert (variant in found) == (variant.keep_ratio(whole) >= 0.02)
+    assert found[0] == Variant(FULL, 0.0, STRICT)
+    if whole == 0:
+        assert variant.xargs(9, 0)["kvcompress_keep_ratio"] == round(1 - removed, 6)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_each_gets_what_it_gets_alone(name: str, tiny_llama: Path) -> None:
             engine.plans.clear()
             alone += engine.generate([prompt], 50, [own])
             positions = {plan.position for plan in engine.plans}
-            method = own.get("method", server.get("method", "knorm"))
+            method = own.get("method", server.get("method", "kvdiff"))
             used = {plan.method for plan in engine.plans}
             assert used == (set() if own.get("enabled") == 0 else {method})
             if context := own.get("context_tokens"):

@@ -51,7 +51,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (PLAIN, {"budget": 2049}, ["kvcompress_budget=2049", "max_budget allows up to 2048"]),
     (CHUNKS, {"budget": 513}, ["kvcompress_budget=513", "max_budget allows up to 512"]),
     # One block of sinks, 64 recent and 31 beside are 127 tokens: 4 blocks.
-    (PLAIN, {"budget": 96}, ["kvcompress_budget=96", "method=knorm it must be at least 128"]),
+    (PLAIN, {"budget": 96}, ["kvcompress_budget=96", "method=kvdiff it must be at least 128"]),
     # 8 blocks more, one for each power of two of the 128 blocks of 4,096 tokens: 383 tokens.
     (MERGES, {"budget": 352}, ["kvcompress_budget=352", "method=merge it must be at least 384"]),
     (PLAIN, {"keep_ratio": 0}, ["kvcompress_keep_ratio=0", "above 0 and up to 1"]),
@@ -158,7 +158,7 @@ def test_limits_of_a_request() -> None:
     first, second, whole = trajectory.schedule.limits
     assert first is not None and second is not None and whole is None
     assert (second.budget, first.budget) == (480, 384)
-    assert trajectory.schedule.method == "knorm"
+    assert trajectory.schedule.method == "kvdiff"
     assert trajectory.context_tokens == trajectory.due == 2000
     assert trajectory.schedule.interval == 128
     off = every.trajectory(PROMPT, prefixed({"enabled": 0}))

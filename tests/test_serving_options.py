@@ -364,8 +364,33 @@ def test_announcement_of_the_demo(demo: str) -> None:
     body = json.loads(text.split("-d '")[1].split("'")[0])
     assert body["model"] == "SmolLM2-135M-Instruct"
     assert "/v1/chat/completions" in text
-    for word in ("knorm", "512", "2,048", "4,096", "8,192"):
+    for word in ("kvdiff", "512", "layers 7, 18, 23: every token", "2,048", "4,096", "8,192"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("options", "skipped"),
+    [
+        ([], (7, 18, 23)),
+        (["--kvcompress-skip-layers="], ()),
+        (["--kvcompress-skip-layers=0,1"], (0, 1)),
+        (["--kvcompress-bands", "6"], ()),
+        (["--kvcompress-pyramid-beta", "2"], ()),
+        (["--additional-config", '{"kvcompress": {"skip_layers": [3]}}'], (3,)),
+    ],
+)
+def test_layers_that_the_demo_keeps_whole(
+    demo: str, options: list[str], skipped: tuple[int, ...]
+) -> None:
+    """Its sensitive ones, unless the user decides about layers."""
+    found = command(*options)
+    assert found.settings.skip_layers == skipped
+    config = found.values.additional_config["kvcompress"]
+    assert tuple(config.get("skip_layers", ())) == skipped
+
+
+def test_layers_of_a_named_model_are_not_skipped(tmp_path: Path) -> None:
+    assert command(model(tmp_path / "named")).settings.skip_layers == ()
 
 
 def test_announcement_of_stock_vllm(demo: str) -> None:

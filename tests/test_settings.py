@@ -46,9 +46,9 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"seed": 1 << 40}, [f"seed={1 << 40}", "less than or equal to"]),
     ({"budget": 9, "keep_ratio": 0.5}, ["budget (9)", "keep_ratio (0.5)", "set one of them"]),
     ({"phase": "decode", "keep_ratio": 0.5}, ["keep_ratio (0.5)", "phase=decode", "set budget"]),
-    ({"pooling": "mean"}, ["pooling (mean)", "method=knorm", "merge or knorm+merge"]),
+    ({"pooling": "mean"}, ["pooling (mean)", "method=kvdiff", "merge or knorm+merge"]),
     ({"method": "merge", "pooling": "sum"}, ["pooling='sum'", "'mean', 'max' or 'best'"]),
-    ({"merge_weighting": "none"}, ["merge_weighting (none)", "method=knorm merges nothing"]),
+    ({"merge_weighting": "none"}, ["merge_weighting (none)", "method=kvdiff merges nothing"]),
     ({"method": "merge", "merge_weighting": 2}, ["merge_weighting=2", "'count' or 'none'"]),
     ("knorm", ["additional_config['kvcompress']", "object of settings", "str"]),
     (None, ["additional_config['kvcompress']", "object of settings", "NoneType"]),
@@ -70,7 +70,7 @@ def test_every_setting_is_refused_somewhere(key: str) -> None:
 def test_defaults() -> None:
     settings = parse_settings({})
     assert settings.enabled
-    assert settings.method == "knorm"
+    assert settings.method == "kvdiff"
     assert settings.token_budget == DEFAULT_BUDGET
     assert settings.phase == "after_prefill"
 

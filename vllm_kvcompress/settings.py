@@ -36,8 +36,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     method: str = Field(
-        "knorm",
-        description="Method: knorm, keydiff, kvdiff, streaming or random evict tokens, merge pools "
+        "kvdiff",
+        description="Method: kvdiff, keydiff, knorm, streaming or random evict tokens, merge pools "
         "old ones, knorm+merge pools those that knorm would evict; none is stock vLLM.",
     )
     budget: int | None = Field(

@@ -5,6 +5,8 @@ stock-capped             the same with no more requests at once than the pool ho
 fp8                      stock with an 8-bit KV cache
 knorm/8                  a flat budget of an eighth of the request's tokens
 knorm@512                a flat budget of 512 tokens
+kvdiff-skip/4            kvdiff; some layers keep everything, as in the bundled model's default,
+                         and the others so much that the mean is a quarter
 pyramid/4                on average a quarter, the first layers more
 during/4                 flat, and also compressed while the prompt is computed
 merge/4                  pooled instead of evicted
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.harness.engines import BLOCK_SIZE
+from vllm_kvcompress.bundled import LAYERS, SKIP_LAYERS
 
 PYRAMID_BETA = 4.0
 INTERVAL_SHARE = 1 / 16
@@ -27,6 +30,8 @@ INTERVAL_SHARE = 1 / 16
 KINDS: dict[str, dict[str, Any]] = {
     "knorm": {"method": "knorm"},
     "keydiff": {"method": "keydiff"},
+    "kvdiff": {"method": "kvdiff"},
+    "kvdiff-skip": {"method": "kvdiff", "skip_layers": list(SKIP_LAYERS)},
     "streaming": {"method": "streaming"},
     "pyramid": {"method": "knorm", "pyramid_beta": PYRAMID_BETA, "bands": 6},
     "during": {"method": "knorm", "phase": "during_prefill"},
@@ -89,7 +94,10 @@ def contender(name: str, tokens: int) -> Contender:
             f"{', '.join(KINDS)}, each with +fp8 or without, then /FACTOR or @BUDGET."
         )
     number, kind = float(found["number"]), KINDS[found["kind"]]
-    held = round((tokens / number if found["how"] == "/" else number) / BLOCK_SIZE)
+    mean = tokens / number
+    if "skip_layers" in kind:
+        mean = (mean * LAYERS - tokens * len(SKIP_LAYERS)) / (LAYERS - len(SKIP_LAYERS))
+    held = round((mean if found["how"] == "/" else number) / BLOCK_SIZE)
     grown = max(1, round(held * INTERVAL_SHARE))
     budget = max(1, held - grown if found["how"] == "/" else held)
     if "pyramid_beta" in kind:

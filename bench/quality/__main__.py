@@ -6,7 +6,8 @@
     python -m bench.quality report FILE... --stem DIR/NAME
 
 Without ``--url`` it starts ``serve.py`` itself, once for all methods that drop tokens and once
-for each that merges (a server has one of these). A run that was stopped goes on where it was:
+for each that merges (a server has one of these); for the bundled model also with all its layers
+alike. A run that was stopped goes on where it was:
 rows that ``--output`` already has are not asked again. See docs/quality.md.
 """
 
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo
@@ -30,11 +32,11 @@ from bench.quality.report import write_report
 from bench.quality.rows import DURING, RowsError, read_rows
 from bench.quality.runner import Runner
 from bench.quality.server import ServerError, serving
+from bench.quality.servers import OwnServer, own_servers
 from bench.quality.tasks import Task
 from bench.quality.tasks.case import TaskError, Tokenizer
 from bench.quality.tasks.texts import VARIABLE
 from vllm_kvcompress.bundled import MODEL_NAME, BundledModelError, model_directory
-from vllm_kvcompress.methods import MERGING
 
 RESULTS = Path(__file__).parents[1] / "results"
 OWN_OPTIONS = ("--kvcompress-finished-requests", "0")
@@ -106,43 +108,36 @@ def _run(arguments: argparse.Namespace) -> int:
         name = Path(model).name if arguments.model else MODEL_NAME
         output = output or RESULTS / f"quality-{name}.jsonl"
         tokenizer = _tokenizer(arguments.tokenizer or model)
-        for method, methods in _servers(plan.methods):
-            info = ServerInfo(name, model, None, tuple(methods), {})
-            if _jobs(plan, tasks, tokenizer, info, methods, output):
-                _ask_own(arguments, plan, tasks, method, methods, output)
+        for server in own_servers(plan, model, arguments):
+            own = replace(plan, variant=server.variant)
+            info = ServerInfo(name, model, None, server.methods, {}, server.whole)
+            if _jobs(own, tasks, tokenizer, info, server.methods, output):
+                _ask_own(arguments, own, tasks, server, output)
     if not arguments.no_report:
         for path in write_report(list(read_rows([output])), output.with_suffix("")):
             print(path)
     return 0
 
 
-def _servers(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Methods of servers to start, each with what it is asked for."""
-    merging = [name for name in methods if name in MERGING]
-    dropping = [name for name in methods if name not in MERGING]
-    found = [(dropping[0], dropping)] if dropping or not merging else []
-    return found + [(name, [name]) for name in merging]
-
-
 def _ask_own(
     arguments: argparse.Namespace,
     plan: Plan,
     tasks: dict[str, Task],
-    method: str,
-    methods: Sequence[str],
+    server: OwnServer,
     output: Path,
 ) -> None:
     """Start a server and ask it."""
-    options = ["--dtype", arguments.dtype, "--enforce-eager", "--kvcompress-method", method]
+    options = ["--dtype", arguments.dtype, "--enforce-eager"]
+    options += ["--kvcompress-method", server.method]
     if any(DURING in protocols for protocols in plan.tasks.values()):
         options += ["--kvcompress-phase", DURING]
     # Accounts of finished requests are not kept: they come with the answers.
-    options += [*OWN_OPTIONS, *shlex.split(arguments.server_options)]
-    log = output.with_suffix(f".{method.replace('+', '-')}.log")
+    options += [*OWN_OPTIONS, *server.options]
+    log = output.with_suffix(f".{server.method.replace('+', '-')}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"starting serve.py {shlex.join(options)} (log: {log})", file=sys.stderr)
     with serving(arguments.model, options, log) as url:
-        asyncio.run(_ask(arguments, plan, tasks, url, methods, output))
+        asyncio.run(_ask(arguments, plan, tasks, url, server.methods, output))
     log.unlink()
 
 

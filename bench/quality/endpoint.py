@@ -35,6 +35,8 @@ class ServerInfo:
         Compression methods that a request may ask for; empty for a server without ours.
     settings : dict
         The server's compression settings.
+    whole : float
+        Share of its layers that keep every token.
     """
 
     model: str
@@ -42,6 +44,7 @@ class ServerInfo:
     max_tokens: int | None
     methods: tuple[str, ...]
     settings: Mapping[str, Any]
+    whole: float = 0.0
 
     @property
     def label(self) -> str:
@@ -155,6 +158,7 @@ class Endpoint:
             max_tokens=found[0].get("max_model_len"),
             methods=tuple(ours.get("methods", ())),
             settings=ours.get("settings", {}),
+            whole=_whole(ours.get("bands", ())),
         )
 
     async def generate(
@@ -239,6 +243,12 @@ class Endpoint:
             raise EndpointError(f"{self.url}{path} answered {answer.status_code}: {answer.text}")
         found: dict[str, Any] = answer.json()
         return found
+
+
+def _whole(bands: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the layers that are in no band, or 0 if no layer is known."""
+    layers = sum(len(band["layers"]) for band in bands)
+    return sum(len(band["layers"]) for band in bands if band["band"] < 0) / max(layers, 1)
 
 
 def _removed(body: Mapping[str, Any]) -> float | None:

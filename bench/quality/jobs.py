@@ -117,7 +117,7 @@ def _job(
             f"served with at most {info.max_tokens}; choose shorter --lengths."
         )
     left = []
-    for variant in plan.variants(task.name, methods):
+    for variant in plan.variants(task.name, methods, info.whole):
         row = done.rows.get(row_key(plan, info, case, variant))
         if row is None:
             left.append(variant)

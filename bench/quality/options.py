@@ -32,7 +32,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     add("--tasks", type=_names, help=f"of {', '.join(TASKS)} (default: all)")
     add("--longbench", type=Path, metavar="DIR", help="LongBench's JSONL files, instead of --tasks")
     add("--datasets", type=_names, default=(), help="of these files (default: all)")
-    add("--methods", type=_names, default=ALL_METHODS, help=f"of {', '.join(ALL_METHODS)}")
+    add("--methods", type=_names, help=f"of {', '.join(ALL_METHODS)}")
     add("--shares", type=_floats, help="removed (default: 0.25,0.5,0.75,0.9)")
     add("--protocols", type=_names, help=f"of {', '.join(PROTOCOLS)}")
     add("--lengths", type=_integers, help="context lengths in tokens, for all tasks")
@@ -85,7 +85,7 @@ def plan_of(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
             raise UsageError(f"{name} is no protocol; allowed are {', '.join(PROTOCOLS)}.")
     if DURING in (protocols or ()) and set(tasks) != {LANGUAGE}:
         raise UsageError(f"{DURING} is for --tasks {LANGUAGE} only.")
-    for name in arguments.methods:
+    for name in arguments.methods or ():
         if name not in ALL_METHODS:
             raise UsageError(f"{name} is no method; allowed are {', '.join(ALL_METHODS)}.")
     shares = arguments.shares or plan.shares
@@ -99,7 +99,8 @@ def plan_of(arguments: argparse.Namespace, tasks: dict[str, Task]) -> Plan:
         lengths={"": arguments.lengths} if arguments.lengths else plan.lengths,
         count=arguments.count or plan.count,
         language_count=arguments.count or plan.language_count,
-        methods=arguments.methods,
+        methods=arguments.methods or plan.methods,
+        flat_methods=arguments.methods or plan.flat_methods,
         shares=shares,
         seed=arguments.seed,
         prune_after=arguments.prune_after,

@@ -16,6 +16,9 @@ LEAST_BASELINE = 0.2
 """A task whose mean score with the full cache is lower says nothing about compression: it is
 reported as such and left out of the means. Fixed before anything was measured."""
 
+LEAST_RATIO = 0.02
+"""Least share that layers are asked to keep, where others keep everything."""
+
 ALL_METHODS = (*METHODS, *MERGING)
 
 GENERATING = (
@@ -43,7 +46,22 @@ class Variant:
     removed: float
     protocol: str
 
-    def xargs(self, context_tokens: int, prune_after: int) -> dict[str, Any]:
+    def keep_ratio(self, whole: float) -> float:
+        """What the other layers keep, if some keep everything, so that the mean is right.
+
+        Parameters
+        ----------
+        whole : float
+            Share of the layers that keep every token.
+
+        Returns
+        -------
+        float
+            Zero or less if that cannot be.
+        """
+        return (1 - self.removed - whole) / (1 - whole)
+
+    def xargs(self, context_tokens: int, prune_after: int, whole: float = 0.0) -> dict[str, Any]:
         """``vllm_xargs`` of a request, for a server with our plugin.
 
         Parameters
@@ -52,6 +70,8 @@ class Variant:
             Tokens of the prompt's context.
         prune_after : int
             Only for compression during prefill, as the paper of knorm has it.
+        whole : float
+            Share of the layers that keep every token.
 
         Returns
         -------
@@ -61,7 +81,7 @@ class Variant:
             return {"kvcompress_enabled": 0}
         found: dict[str, Any] = {
             "kvcompress_method": self.method,
-            "kvcompress_keep_ratio": round(1 - self.removed, 6),
+            "kvcompress_keep_ratio": round(self.keep_ratio(whole), 6),
             "kvcompress_report": 1,
         }
         if self.protocol == STRICT:
@@ -86,6 +106,8 @@ class Plan:
     language_count : int or None
         Windows of each length, if not as many: each request of ``lm`` computes its whole text.
     methods : tuple of str
+    flat_methods : tuple of str
+        Those that are also measured with all layers alike, where layers are skipped by default.
     shares : tuple of float
     seed : int
     prune_after : int
@@ -103,6 +125,7 @@ class Plan:
     count: int
     language_count: int | None = None
     methods: tuple[str, ...] = ALL_METHODS
+    flat_methods: tuple[str, ...] = ALL_METHODS
     shares: tuple[float, ...] = SHARES
     seed: int = 0
     prune_after: int = 1024
@@ -110,13 +133,21 @@ class Plan:
     chat: bool = False
     ask_failing: bool = False
 
-    def variants(self, task: str, methods: Sequence[str]) -> list[Variant]:
+    def variants(self, task: str, methods: Sequence[str], whole: float = 0.0) -> list[Variant]:
         """The full cache and, of these methods, all that is to be asked of a task.
+
+        Parameters
+        ----------
+        task : str
+        methods : sequence of str
+        whole : float
+            Share of the layers that keep every token.
 
         Returns
         -------
         list of Variant
-            One full-cache variant per protocol first: their request is the same.
+            One full-cache variant per protocol first: their request is the same. Shares for
+            which the other layers would have to keep next to nothing are left out.
         """
         protocols = self.tasks[task]
         wanted = [Variant(FULL, 0.0, protocol) for protocol in protocols]
@@ -126,7 +157,7 @@ class Plan:
             for method in methods
             for share in self.shares
         ]
-        return wanted
+        return [one for one in wanted if one.keep_ratio(whole) >= LEAST_RATIO]
 
     def count_of(self, task: str) -> int:
         """Cases of a task, of each length."""
@@ -147,6 +178,8 @@ SHORT = Plan(
     lengths={"": (1500,)},
     count=5,
     language_count=3,
+    methods=("kvdiff", "keydiff", "knorm"),
+    flat_methods=("kvdiff", "knorm"),
 )
 """For ``make quality``."""
 
@@ -160,5 +193,7 @@ FULL_PLAN = replace(
     },
     count=20,
     language_count=6,
+    methods=ALL_METHODS,
+    flat_methods=ALL_METHODS,
 )
 """By default."""

@@ -98,7 +98,8 @@ class Runner:
 
     async def _ask(self, job: Job, variants: Sequence[Variant]) -> None:
         """One request, whose answer holds for all of these variants."""
-        xargs = variants[0].xargs(len(job.prompt.context), self.plan.prune_after)
+        context = len(job.prompt.context)
+        xargs = variants[0].xargs(context, self.plan.prune_after, self.info.whole)
         if not self.info.methods:  # a server without our plugin, asked for the full cache
             xargs = {}
         ids = [*job.prompt.context, *job.prompt.question]

@@ -14,6 +14,9 @@ from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_
 DEMO_KV_CACHE_BYTES = 512 * 2**20
 DEMO_BLOCK_SIZE = 32
 
+LAYER_CHOICES = {"skip_layers", "bands", "pyramid_beta"}
+"""Settings with which a user decides about layers; else the bundled model's own are skipped."""
+
 _UNSET = object()
 """Default that tells an option the user left out from one given its default value."""
 
@@ -144,6 +147,8 @@ def build_command(raw: dict[str, Any], rest: Sequence[str], inspected: Inspected
     if not isinstance(given_settings, dict):
         parse_settings(given_settings)  # raises, and says why
     merged = {**given_settings, **raw}
+    if inspected.model is None and not LAYER_CHOICES & merged.keys():
+        merged["skip_layers"] = list(bundled.SKIP_LAYERS)
     settings = parse_settings(merged)
 
     argv = list(rest)

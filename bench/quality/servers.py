@@ -1,0 +1,92 @@
+"""Which servers an evaluation starts, and what each is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.quality.plan import Plan
+from vllm_kvcompress.bundled import SKIP_LAYERS
+from vllm_kvcompress.methods import MERGING
+from vllm_kvcompress.serving.announce import uniform_layer_count
+from vllm_kvcompress.serving.command import LAYER_CHOICES
+from vllm_kvcompress.serving.options import split_arguments
+
+FLAT = "flat"
+"""Variant in which all layers of the bundled model are compressed alike."""
+
+FLAT_OPTIONS = ("--kvcompress-skip-layers=",)
+
+
+@dataclass(frozen=True)
+class OwnServer:
+    """A server to start.
+
+    Attributes
+    ----------
+    variant : str
+        Of its rows.
+    options : tuple of str
+        Of ``serve.py``, beside the method.
+    method : str
+    methods : tuple of str
+        What it is asked for.
+    whole : float
+        Share of its layers that keep every token.
+    """
+
+    variant: str
+    options: tuple[str, ...]
+    method: str
+    methods: tuple[str, ...]
+    whole: float
+
+
+def own_servers(plan: Plan, model: str, arguments: argparse.Namespace) -> list[OwnServer]:
+    """Servers for a plan: of each variant one for all methods that evict, and one per other.
+
+    The bundled model is served with its own default, which skips layers, and then, as the
+    variant `FLAT`, with all layers alike. Another model, or options of the user's, are served
+    as they are.
+
+    Parameters
+    ----------
+    plan : Plan
+    model : str
+        Directory or name.
+    arguments : argparse.Namespace
+        Of the command.
+
+    Returns
+    -------
+    list of OwnServer
+    """
+    given = tuple(shlex.split(arguments.server_options))
+    variants = [(plan.variant, given, plan.methods)]
+    if not (arguments.model or arguments.variant or given):
+        variants.append((FLAT, FLAT_OPTIONS, plan.flat_methods))
+    found = []
+    for variant, options, methods in variants:
+        whole = whole_share(model, options, bundled=not arguments.model)
+        for method, asked in _by_server(methods):
+            found.append(OwnServer(variant, options, method, asked, whole))
+    return found
+
+
+def _by_server(methods: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    merging = [name for name in methods if name in MERGING]
+    evicting = tuple(name for name in methods if name not in MERGING)
+    found = [(evicting[0], evicting)] if evicting else []
+    return found + [(name, (name,)) for name in merging]
+
+
+def whole_share(model: str, options: Sequence[str], bundled: bool) -> float:
+    """Share of the layers that keep every token, as ``serve.py`` will have it."""
+    settings, _ = split_arguments(options)
+    if bundled and not LAYER_CHOICES & settings.keys():
+        settings["skip_layers"] = SKIP_LAYERS
+    skipped = len(settings.get("skip_layers", ()))
+    layers = uniform_layer_count(model) if skipped else None
+    return skipped / layers if layers else 0.0
