@@ -35,6 +35,9 @@ VIEWERS = 5
 SETTINGS = {"budget": 256, "interval": 64, "bands": 6}
 """Six groups and frequent compactions: the accounts of many events."""
 
+WINDOWS = 3
+"""Pairs of windows for each pair of runs of the other part, which take longer."""
+
 WINDOW_SECONDS = 10.0
 SETTLE_SECONDS = 2.0
 """What is counted of watched or unwatched decoding, and what passes before."""
@@ -91,7 +94,7 @@ def unwatched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any
     return {"throughput_ratio": spread(ratios), "share_of_time": spent / total}
 
 
-def watched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
+def watched(pairs: int, batch: int, prompt: int, _: int) -> dict[str, Any]:
     """The cost of five dashboards on a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,16 +108,14 @@ def watched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any]:
         stdout=subprocess.DEVNULL,
     )
     try:
-        return asyncio.run(
-            _watched(server, f"http://127.0.0.1:{port}", pairs, batch, prompt, output)
-        )
+        return asyncio.run(_watched(server, f"http://127.0.0.1:{port}", pairs, batch, prompt))
     finally:
         server.terminate()
         server.wait()
 
 
 async def _watched(
-    server: subprocess.Popen[bytes], url: str, pairs: int, batch: int, prompt: int, output: int
+    server: subprocess.Popen[bytes], url: str, pairs: int, batch: int, prompt: int
 ) -> dict[str, Any]:
     # Of different lengths, so that not all are compacted in the same step.
     prompts = [p["prompt_token_ids"][index:] for index, p in enumerate(make_prompts(batch, prompt))]
@@ -137,6 +138,7 @@ async def _watched(
 
         decoding = asyncio.gather(*map(complete, prompts))
         window = WINDOW_SECONDS if pairs > 1 else 2
+        pairs *= WINDOWS
         while await _generated(client) < 2 * batch:
             await asyncio.sleep(1)
         found, used = [], []

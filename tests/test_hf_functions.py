@@ -133,7 +133,13 @@ def test_ratio_1_is_plain_generation_and_less_is_not(model: Any) -> None:
 def test_l2_compress_is_the_cache_that_compresses_itself(model: Any) -> None:
     plain, ids = filled(model)
     half = l2_compress(plain, 0.5, prune_after=0)
-    settings = {"keep_ratio": 0.5, "sink_tokens": 0, "recent_tokens": 0, "interval": 1000}
+    settings = {
+        "method": "knorm",
+        "keep_ratio": 0.5,
+        "sink_tokens": 0,
+        "recent_tokens": 0,
+        "interval": 1000,
+    }
     itself = CompressedCache(settings)
     with torch.no_grad():
         model(ids, past_key_values=itself)

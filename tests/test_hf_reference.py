@@ -198,7 +198,7 @@ def _short_model(model: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_generation_is_the_written_out_attention(model: Any, case: str) -> None:
-    settings = parse_settings({"interval": 5} | CASES[case])
+    settings = parse_settings({"method": "knorm", "interval": 5} | CASES[case])
     cache = CompressedCache(settings)
     ids = prompt_ids()
     output = generated(model, cache, ids)
@@ -215,7 +215,7 @@ def test_generation_is_the_written_out_attention(model: Any, case: str) -> None:
 
 def test_beams_carry_their_own_slots(model: Any) -> None:
     """The score of each beam is that of its sequence alone."""
-    settings = parse_settings({"budget": 24, "recent_tokens": 6, "interval": 3})
+    settings = parse_settings({"method": "knorm", "budget": 24, "recent_tokens": 6, "interval": 3})
     beams = {"num_beams": 4, "num_return_sequences": 3, "output_scores": True}
     output = generated(model, CompressedCache(settings), prompt_ids(2), 12, **beams)
     reference = Reference(model, settings, list(range(PROMPT, PROMPT + 12)))
@@ -238,7 +238,7 @@ def test_sampling_draws_from_the_compressed_distribution(model: Any) -> None:
 
 def test_a_question_of_several_tokens_after_compression(model: Any) -> None:
     """Causal among themselves, all of them see what is left, at their true positions."""
-    settings = parse_settings({"budget": 20, "recent_tokens": 6, "interval": 8})
+    settings = parse_settings({"method": "knorm", "budget": 20, "recent_tokens": 6, "interval": 8})
     ids = prompt_ids(length=PROMPT + 11)
     cache = CompressedCache(settings)
     with torch.no_grad():
@@ -259,7 +259,7 @@ WRONG: dict[str, Callable[[Settings], Settings]] = {
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_the_reference_notices(model: Any, mistake: str) -> None:
-    settings = parse_settings({"budget": 24, "recent_tokens": 6, "interval": 5})
+    settings = parse_settings({"method": "knorm", "budget": 24, "recent_tokens": 6, "interval": 5})
     output = generated(model, CompressedCache(WRONG[mistake](settings)), prompt_ids())
     reference = Reference(model, settings, list(range(PROMPT, PROMPT + NEW)))
     expected = reference.log_probs(output.sequences[0])[PROMPT - 1 : -1]

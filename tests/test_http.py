@@ -110,7 +110,7 @@ def test_banner(server: Server) -> None:
     banner = server.said().split("(APIServer")[0]  # vLLM's log begins
     for words in (
         f"Serving {MODEL} at {server.url} ",
-        "knorm, at the end of the prompt, then every 32 generated tokens",
+        "kvdiff, at the end of the prompt, then every 32 generated tokens",
         "layers 0-29: 256 tokens per request",
         "memory freed by prompt length in tokens: 88% at 2,048, 94% at 4,096, 97% at 8,192",
     ):
@@ -302,8 +302,8 @@ def test_account_of_a_request(server: Server, client: openai.OpenAI) -> None:
     assert after.requests.running == after.pool.used == after.bytes_held == 0
     assert after.ratio is None
     totals, old = after.totals, before["totals"]
-    assert totals.requests["knorm"] - old["requests"].get("knorm", 0) == 1
-    assert totals.compactions["knorm"] - old["compactions"].get("knorm", 0) == 4
+    assert totals.requests["kvdiff"] - old["requests"].get("kvdiff", 0) == 1
+    assert totals.compactions["kvdiff"] - old["compactions"].get("kvdiff", 0) == 4
     assert totals.tokens_removed - old["tokens_removed"] == band.tokens_removed
     assert totals.prompt_tokens - old["prompt_tokens"] == tokens
     assert totals.output_tokens - old["output_tokens"] == 4 * INTERVAL
@@ -646,7 +646,7 @@ def test_shutdown_says_what_was_compressed(server: Server, client: openai.OpenAI
     assert server.stop() == 0
     assert not server.healthy()
     said = re.findall(
-        r"kvcompress: knorm compacted (\d+) requests in (\d+) steps per group, "
+        r"kvcompress: kvdiff compacted (\d+) requests in (\d+) steps per group, "
         r"removed (\d+) tokens and freed (\d+) blocks",
         server.said(),
     )

@@ -26,6 +26,7 @@ TOKENS = 600
 BLOCK = 32
 SINKS = 4
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--kvcompress-sink-tokens", str(SINKS)]
+OPTIONS += ["--kvcompress-skip-layers="]  # all layers alike
 LM_EVAL = "KVCOMPRESS_LM_EVAL"
 """Names the command ``lm_eval`` of another virtual environment."""
 

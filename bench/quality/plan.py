@@ -176,7 +176,7 @@ SHORT = Plan(
         **{task: (STRICT,) for task in GENERATING if task not in ("passkey", "needle")},
     },
     lengths={"": (1500,)},
-    count=5,
+    count=4,
     language_count=3,
     methods=("kvdiff", "keydiff", "knorm"),
     flat_methods=("kvdiff", "knorm"),

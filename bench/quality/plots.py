@@ -66,7 +66,7 @@ def means_figure(results: Results) -> Figure | None:
     tasks = results.counted_tasks()
     if not tasks:
         return None
-    figure, axes = _new(8, 5)
+    figure, axes = _new(9.5, 4.5)
     axis = axes[0, 0]
     full = np.mean([results.baseline(task) or 0.0 for task in tasks])
     axis.axhline(100 * full, color="black", linewidth=1, label="full cache")
@@ -80,7 +80,7 @@ def means_figure(results: Results) -> Figure | None:
             axis.plot(*zip(*points, strict=True), label=name.label, **_style(name, number))
     axis.set(xlabel="removed, %", ylabel="score, points of 100", ylim=(0, 100))
     axis.set_title(f"Mean over {len(tasks)} tasks, {results.protocol}")
-    axis.legend(fontsize="small")
+    _legend_beside(figure)
     return figure
 
 
@@ -89,7 +89,7 @@ def language_figure(results: Results) -> Figure | None:
     full = perplexity(results.full(LANGUAGE).values())
     if full is None:
         return None
-    figure, axes = _new(8, 5)
+    figure, axes = _new(9.5, 4.5)
     axis = axes[0, 0]
     axis.axhline(full, color="black", linewidth=1, label="full cache")
     for number, name in enumerate(results.contenders):
@@ -102,8 +102,13 @@ def language_figure(results: Results) -> Figure | None:
             axis.plot(*zip(*points, strict=True), label=name.label, **_style(name, number))
     axis.set(xlabel="removed, %", ylabel="perplexity", yscale="log")
     axis.set_title(f"Language modelling, {results.protocol}")
-    axis.legend(fontsize="small")
+    _legend_beside(figure)
     return figure
+
+
+def _legend_beside(figure: Figure) -> None:
+    """Many lines cross the whole picture: a legend among them would hide some."""
+    figure.legend(loc="outside right upper", fontsize="small")
 
 
 def _style(name: Contender, number: int) -> dict[str, Any]:
