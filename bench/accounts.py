@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from statistics import median
 from typing import Any, NamedTuple
 
 import httpx
@@ -29,6 +30,7 @@ import psutil
 
 from bench.harness.engines import make_engine, make_prompts, run, scheduler_of
 from bench.harness.machine import ROOT, in_its_own_process, machine, spread
+from vllm_kvcompress.scheduler.snapshot import take_snapshot
 
 BATCH = 32
 VIEWERS = 5
@@ -91,7 +93,25 @@ def unwatched(pairs: int, batch: int, prompt: int, output: int) -> dict[str, Any
     for name in ("scheduled", "tokens_arrived", "compacted", "releasing", "asked_for"):
         setattr(accounts, name, timed(getattr(accounts, name)))
     total = seconds(accounts)
-    return {"throughput_ratio": spread(ratios), "share_of_time": spent / total}
+    share = spent / total
+    snapshots: list[float] = []
+    scheduled = accounts.scheduled
+    closings = take_snapshot(scheduler)["closings"]
+
+    def and_snapshot(*args: Any) -> Any:
+        started = time.perf_counter()
+        take_snapshot(scheduler, closings)
+        snapshots.append(time.perf_counter() - started)
+        return scheduled(*args)
+
+    accounts.scheduled = and_snapshot
+    seconds(accounts)
+    return {
+        "throughput_ratio": spread(ratios),
+        "share_of_time": share,
+        # Engines are asked once a second, however many watch.
+        "snapshot_seconds": {"median": median(snapshots), "max": max(snapshots)},
+    }
 
 
 def watched(pairs: int, batch: int, prompt: int, _: int) -> dict[str, Any]:
