@@ -160,6 +160,9 @@ async def _watched(
         window = WINDOW_SECONDS if pairs > 1 else 2
         pairs *= WINDOWS
         while await _generated(client) < 2 * batch:
+            if decoding.done():
+                await decoding  # raises what went wrong
+                raise RuntimeError("the requests ended at once")
             await asyncio.sleep(1)
         found, used = [], []
         answers = 0
@@ -171,6 +174,7 @@ async def _watched(
                     seen[viewers] = await _window(client, server.pid, window)
                 answers += sum(counted)
             if decoding.done():
+                await decoding
                 raise RuntimeError("the requests ended before the pairs did: ask for fewer")
             found.append(seen[VIEWERS].tokens_per_second / seen[0].tokens_per_second)
             used.append(seen[VIEWERS].cpu_per_second - seen[0].cpu_per_second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +77,13 @@ class FakeServer:
         methods: tuple[str, ...] = ("knorm", "keydiff", "streaming", "random"),
         fail_after: int | None = None,
         settings: dict[str, Any] | None = None,
+        bands: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.reply = reply
         self.methods = methods
         self.fail_after = fail_after
         self.settings = settings or SETTINGS
+        self.bands = bands
         self.asked: list[dict[str, Any]] = []
         self.transport = httpx.MockTransport(self._answer)
 
@@ -92,9 +94,8 @@ class FakeServer:
         if request.url.path == "/v1/kvcompress/config":
             if not self.methods:
                 return httpx.Response(404, json={})
-            return httpx.Response(
-                200, json={"methods": list(self.methods), "settings": self.settings}
-            )
+            config = {"methods": list(self.methods), "settings": self.settings}
+            return httpx.Response(200, json=config | {"bands": list(self.bands)})
         body = json.loads(request.content)
         if self.fail_after is not None and len(self.asked) >= self.fail_after:
             return httpx.Response(500, text="out of order")

@@ -323,6 +323,29 @@ def test_the_bundled_model_is_served_as_by_default_and_flat() -> None:
     assert own[-1] == 0
 
 
+def test_servers_settings_may_come_as_additional_config() -> None:
+    config = '{"kvcompress": {"skip_layers": []}}'
+    (own,) = servers_of("--short", "--server-options", f"--additional-config '{config}'")
+    assert own[-1] == 0
+
+
+BANDS = ({"band": 0, "layers": list(range(27))}, {"band": -1, "layers": [27, 28, 29]})
+
+
+def test_layers_kept_whole_leave_less_to_the_others(tmp_path: Path) -> None:
+    """Three of thirty: for a quarter in the mean the others keep a sixth; a tenth cannot be."""
+    harness = Harness(tmp_path / "rows", replace(PLAN, shares=(0.75, 0.9), methods=("knorm",)))
+    server = FakeServer(harness.reply, bands=BANDS)
+    rows = harness.run(server)
+    asked = {body["vllm_xargs"].get("kvcompress_keep_ratio") for body in server.asked}
+    assert asked == {None, 0.166667}
+    assert {row.whole for row in rows if row.method == FULL} == {None}
+    assert {row.whole for row in rows if row.method == "knorm"} == {0.1}
+    assert {row.removed for row in rows} == {0.0, 0.75}
+    with pytest.raises(RowsError, match=r"keeps 0\.1 of its layers whole, this one keeps 0;"):
+        harness.run(FakeServer(harness.reply))
+
+
 @given(st.floats(0.01, 0.99), st.floats(0, 0.5))
 def test_mean_share_is_kept_where_layers_are_whole(removed: float, whole: float) -> None:
     variant = Variant("knorm", removed, STRICT)

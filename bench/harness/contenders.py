@@ -97,6 +97,8 @@ def contender(name: str, tokens: int) -> Contender:
     mean = tokens / number
     if "skip_layers" in kind:
         mean = (mean * LAYERS - tokens * len(SKIP_LAYERS)) / (LAYERS - len(SKIP_LAYERS))
+        if found["how"] == "/" and mean < 2 * BLOCK_SIZE:
+            raise ValueError(f"{name!r} cannot be: the layers kept whole alone hold about as much.")
     held = round((mean if found["how"] == "/" else number) / BLOCK_SIZE)
     grown = max(1, round(held * INTERVAL_SHARE))
     budget = max(1, held - grown if found["how"] == "/" else held)

@@ -121,6 +121,11 @@ def _job(
         row = done.rows.get(row_key(plan, info, case, variant))
         if row is None:
             left.append(variant)
+        elif row.method != FULL and (row.whole or 0.0) != info.whole:
+            raise RowsError(
+                f"{done.path} has {case.key} of a server that keeps {row.whole or 0.0:.3g} of its "
+                f"layers whole, this one keeps {info.whole:.3g}; name another --variant."
+            )
         elif row.prompt != digest:
             raise RowsError(
                 f"{done.path} has {case.key} with another prompt (other texts or "

@@ -77,6 +77,8 @@ class Row:
         are freed, and some tokens are never removed.
     variant : str
         Name for settings of the server that are not its defaults, such as ``no-sinks``.
+    whole : float or None
+        Share of the layers that kept every token; None if all were compressed.
     """
 
     task: str
@@ -95,6 +97,7 @@ class Row:
     scored_tokens: int | None = None
     kept: float | None = None
     variant: str = ""
+    whole: float | None = None
 
     @property
     def row_key(self) -> RowKey:

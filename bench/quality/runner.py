@@ -163,4 +163,5 @@ class Runner:
             scored_tokens=scored_tokens,
             kept=None if removed_tokens is None else 1 - removed_tokens / whole,
             variant=self.plan.variant,
+            whole=None if variant.method == FULL else self.info.whole or None,
         )

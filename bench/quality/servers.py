@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.quality.plan import Plan
-from vllm_kvcompress.bundled import SKIP_LAYERS
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.serving.announce import uniform_layer_count
-from vllm_kvcompress.serving.command import LAYER_CHOICES
+from vllm_kvcompress.serving.command import build_command, inspect_arguments
 from vllm_kvcompress.serving.options import split_arguments
 
 FLAT = "flat"
@@ -84,9 +83,9 @@ def _by_server(methods: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 def whole_share(model: str, options: Sequence[str], bundled: bool) -> float:
     """Share of the layers that keep every token, as ``serve.py`` will have it."""
-    settings, _ = split_arguments(options)
-    if bundled and not LAYER_CHOICES & settings.keys():
-        settings["skip_layers"] = SKIP_LAYERS
-    skipped = len(settings.get("skip_layers", ()))
+    ours, rest = split_arguments(options)
+    named = [] if bundled else [model]
+    settings = build_command(ours, [*named, *rest], inspect_arguments([*named, *rest])).settings
+    skipped = len(settings.skip_layers)
     layers = uniform_layer_count(model) if skipped else None
     return skipped / layers if layers else 0.0

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 BATCHES = {
     "quick": (Batch((320, 40), (2,), ("stock", "knorm/2", "knorm+fp8/2"), 4),),
     "short": (
-        Batch(DECODE_HEAVY, (2,), ("stock", "knorm/8", "kvdiff-skip/4", "knorm/2"), 8),
+        Batch(DECODE_HEAVY, (2,), ("stock", "knorm/8", "knorm/2"), 8),
         # Shorter: with twice the blocks stock vLLM has four at once, and compressed there is
         # room for four times as many.
         Batch((400, 400), (2,), ("fp8", "knorm+fp8/4"), 16),

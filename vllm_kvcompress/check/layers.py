@@ -101,7 +101,7 @@ def reachable(
         Length of the shortest context; the other layers must not fall below what is protected.
     shape : Shape
     """
-    least = shape.sinks + shape.recent
+    least = max(1, shape.sinks + shape.recent)
     return [s for s in shares if round(keep_ratio(s, skipped, num_layers) * tokens) >= least]
 
 

@@ -147,7 +147,8 @@ def build_command(raw: dict[str, Any], rest: Sequence[str], inspected: Inspected
     if not isinstance(given_settings, dict):
         parse_settings(given_settings)  # raises, and says why
     merged = {**given_settings, **raw}
-    if inspected.model is None and not LAYER_CHOICES & merged.keys():
+    one_group = values.disable_hybrid_kv_cache_manager
+    if inspected.model is None and not one_group and not LAYER_CHOICES & merged.keys():
         merged["skip_layers"] = list(bundled.SKIP_LAYERS)
     settings = parse_settings(merged)
 
