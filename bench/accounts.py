@@ -30,6 +30,7 @@ import psutil
 
 from bench.harness.engines import make_engine, make_prompts, run, scheduler_of
 from bench.harness.machine import ROOT, in_its_own_process, machine, spread
+from bench.harness.server import metrics
 from vllm_kvcompress.scheduler.snapshot import take_snapshot
 
 BATCH = 32
@@ -152,14 +153,13 @@ async def _watched(
 
         async def complete(tokens: list[int]) -> None:
             body = {"model": listed["id"], "prompt": tokens, "max_tokens": longest}
-            (
-                await client.post("/v1/completions", json=body | {"ignore_eos": True})
-            ).raise_for_status()
+            answer = await client.post("/v1/completions", json={**body, "ignore_eos": True})
+            answer.raise_for_status()
 
         decoding = asyncio.gather(*map(complete, prompts))
         window = WINDOW_SECONDS if pairs > 1 else 2
         pairs *= WINDOWS
-        while await _generated(client) < 2 * batch:
+        while await _generated(url) < 2 * batch:
             if decoding.done():
                 await decoding  # raises what went wrong
                 raise RuntimeError("the requests ended at once")
@@ -171,7 +171,7 @@ async def _watched(
             for viewers in (0, VIEWERS) if pair % 2 == 0 else (VIEWERS, 0):
                 with watching(url, viewers) as counted:
                     await asyncio.sleep(SETTLE_SECONDS)
-                    seen[viewers] = await _window(client, server.pid, window)
+                    seen[viewers] = await _window(url, server.pid, window)
                 answers += sum(counted)
             if decoding.done():
                 await decoding
@@ -202,24 +202,19 @@ class Window(NamedTuple):
     cpu_per_second: float
 
 
-async def _window(client: httpx.AsyncClient, pid: int, seconds: float) -> Window:
+async def _window(url: str, pid: int, seconds: float) -> Window:
     api_server = psutil.Process(pid)
-    before, cpu, started = await _generated(client), api_server.cpu_times(), time.perf_counter()
+    before, cpu, started = await _generated(url), api_server.cpu_times(), time.perf_counter()
     await asyncio.sleep(seconds)
-    after, now = await _generated(client), api_server.cpu_times()
+    after, now = await _generated(url), api_server.cpu_times()
     took = time.perf_counter() - started
     used = now.user + now.system - cpu.user - cpu.system
     return Window((after - before) / took, used / took)
 
 
-async def _generated(client: httpx.AsyncClient) -> float:
+async def _generated(url: str) -> float:
     """Tokens generated since the server started."""
-    text = (await client.get("/metrics")).raise_for_status().text
-    return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith("vllm:generation_tokens_total")
-    )
+    return (await asyncio.to_thread(metrics, url))["vllm:generation_tokens_total"]
 
 
 @contextmanager

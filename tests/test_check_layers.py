@@ -22,7 +22,7 @@ from check_tools import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.bands import MAX_PADDING, group_layout, plan_bands
+from vllm_kvcompress.bands import MAX_PADDING, group_layout, keep_ratio, plan_bands
 from vllm_kvcompress.check.dense import Shape, compress
 from vllm_kvcompress.check.findings import Findings
 from vllm_kvcompress.check.layers import reachable
@@ -33,7 +33,6 @@ from vllm_kvcompress.check.skip import (
     MAX_GROUPS,
     allowed_sizes,
     choose_layers,
-    keep_ratio,
     named,
     sensitive_layers,
 )
@@ -196,11 +195,11 @@ def test_chosen_layers_are_the_worst_and_make_few_groups(losses):
 
 
 def test_keep_ratio_beside_whole_layers():
-    assert keep_ratio(0.75, 3, 30) == pytest.approx(0.15 / 0.9)
-    assert keep_ratio(0.75, 0, 30) == 0.25
-    assert keep_ratio(0.9, 3, 30) == pytest.approx(0)
+    assert keep_ratio(0.75, 3 / 30) == pytest.approx(0.15 / 0.9)
+    assert keep_ratio(0.75, 0) == 0.25
+    assert keep_ratio(0.9, 3 / 30) == pytest.approx(0)
     for removed, skipped, layers in product((0.1, 0.3, 0.6), (1, 3, 5), (20, 30)):
-        mean = (skipped + (layers - skipped) * keep_ratio(removed, skipped, layers)) / layers
+        mean = (skipped + (layers - skipped) * keep_ratio(removed, skipped / layers)) / layers
         assert mean == pytest.approx(1 - removed)
 
 

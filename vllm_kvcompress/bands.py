@@ -222,6 +222,24 @@ def plan_bands(
     return bands
 
 
+def keep_ratio(removed: float, whole: float) -> float:
+    """Share that compressed layers keep for a mean over all layers, some of which stay whole.
+
+    Parameters
+    ----------
+    removed : float
+        Share removed in the mean over all layers, from 0 to 1.
+    whole : float
+        Share of the layers that stay whole, below 1.
+
+    Returns
+    -------
+    float
+        Not positive if the whole layers alone hold more than is to be kept.
+    """
+    return (1 - removed - whole) / (1 - whole)
+
+
 def largest_limits(
     settings: Settings, num_layers: int, block_size: int, longest: int
 ) -> dict[int, Limits | None]:

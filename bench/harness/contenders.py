@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.harness.engines import BLOCK_SIZE
+from vllm_kvcompress.bands import keep_ratio
 from vllm_kvcompress.bundled import LAYERS, SKIP_LAYERS
 
 PYRAMID_BETA = 4.0
@@ -96,7 +97,7 @@ def contender(name: str, tokens: int) -> Contender:
     number, kind = float(found["number"]), KINDS[found["kind"]]
     mean = tokens / number
     if "skip_layers" in kind:
-        mean = (mean * LAYERS - tokens * len(SKIP_LAYERS)) / (LAYERS - len(SKIP_LAYERS))
+        mean = tokens * keep_ratio(1 - 1 / number, len(SKIP_LAYERS) / LAYERS)
         if found["how"] == "/" and mean < 2 * BLOCK_SIZE:
             raise ValueError(f"{name!r} cannot be: the layers kept whole alone hold about as much.")
     held = round((mean if found["how"] == "/" else number) / BLOCK_SIZE)

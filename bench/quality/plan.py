@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.quality.rows import AFTER_PROMPT, DURING, FULL, STRICT
+from vllm_kvcompress.bands import keep_ratio
 from vllm_kvcompress.methods import MERGING, METHODS
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -47,19 +48,8 @@ class Variant:
     protocol: str
 
     def keep_ratio(self, whole: float) -> float:
-        """What the other layers keep, if some keep everything, so that the mean is right.
-
-        Parameters
-        ----------
-        whole : float
-            Share of the layers that keep every token.
-
-        Returns
-        -------
-        float
-            Zero or less if that cannot be.
-        """
-        return (1 - self.removed - whole) / (1 - whole)
+        """What the other layers keep, if this share of them keeps everything."""
+        return keep_ratio(self.removed, whole)
 
     def xargs(self, context_tokens: int, prune_after: int, whole: float = 0.0) -> dict[str, Any]:
         """``vllm_xargs`` of a request, for a server with our plugin.

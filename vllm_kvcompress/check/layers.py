@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from vllm_kvcompress.bands import keep_ratio
 from vllm_kvcompress.check.dense import Context, Shape, compress, compute, kept_tokens
 from vllm_kvcompress.check.findings import Loss
-from vllm_kvcompress.check.skip import keep_ratio
 from vllm_kvcompress.check.tally import Tally, against, tell, tell_recalls
 from vllm_kvcompress.check.texts import Sample
 from vllm_kvcompress.methods import Method
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def layer_losses(
-    model: Any, samples: Sequence[Sample], method: Method, shape: Shape, say: Say
+    model: Any, samples: Sequence[Sample], method: Method, shape: Shape, full: Tally, say: Say
 ) -> list[float]:
     """What it costs to compress each layer alone, all others whole.
 
@@ -35,6 +35,8 @@ def layer_losses(
     samples : sequence of Sample
     method : Method
     shape : Shape
+    full : Tally
+        Of the same samples, with the full cache.
     say : callable
         Told of progress.
 
@@ -44,13 +46,11 @@ def layer_losses(
         By layer, loss of mean log-probability of answers, nats per token; mean over contexts.
     """
     started = time.monotonic()
-    full = Tally()
     alone: list[Tally] = []
     for number, sample in enumerate(samples, 1):
         context = compute(model, sample.context)
         layers = len(context.keys)
         alone = alone or [Tally() for _ in range(layers)]
-        tell_recalls(model, [context], context.tokens, sample, [full])
         for layer, tally in enumerate(alone):
             keep = [context.tokens] * layers
             keep[layer] = kept_tokens(LAYER_REMOVED, context.tokens, shape)
@@ -101,8 +101,8 @@ def reachable(
         Length of the shortest context; the other layers must not fall below what is protected.
     shape : Shape
     """
-    least = max(1, shape.sinks + shape.recent)
-    return [s for s in shares if round(keep_ratio(s, skipped, num_layers) * tokens) >= least]
+    least, whole = max(1, shape.sinks + shape.recent), skipped / num_layers
+    return [s for s in shares if round(keep_ratio(s, whole) * tokens) >= least]
 
 
 def skipping_losses(
@@ -140,13 +140,14 @@ def skipping_losses(
     list of Loss
     """
     started = time.monotonic()
+    whole = len(skip_layers) / num_layers
     shortest = min(len(sample.context) for sample in samples)
     shares = reachable(shares, len(skip_layers), num_layers, shortest, shape)
     lossy = {share: {label: Tally() for label in methods} for share in shares}
     for number, sample in enumerate(samples, 1):
         context = compute(model, sample.context)
         for share, tallies in lossy.items():
-            stay = round(keep_ratio(share, len(skip_layers), num_layers) * context.tokens)
+            stay = round(keep_ratio(share, whole) * context.tokens)
             keep = [stay] * num_layers
             for layer in skip_layers:
                 keep[layer] = context.tokens

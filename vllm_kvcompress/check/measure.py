@@ -138,7 +138,7 @@ def measure(
         alone: list[float] = []
         skip: tuple[int, ...] = ()
         if best is not None:
-            alone = layer_losses(model, samples, methods[best], shape, say)
+            alone = layer_losses(model, samples, methods[best], shape, full, say)
             skip = choose_layers(alone)
         if skip:
             losses += skipping_losses(

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_kvcompress.bands import keep_ratio
 from vllm_kvcompress.check.findings import BASELINES, Findings, Loss
-from vllm_kvcompress.check.skip import keep_ratio, named
+from vllm_kvcompress.check.skip import named
 
 MAX_TEXT = 0.1
 """Acceptable loss on running text, nats per token: perplexity 11 % higher."""
@@ -100,7 +101,7 @@ def _settings(findings: Findings, method: str, skip: bool, removed: float) -> di
 
 def _ratio_beside(findings: Findings, removed: float) -> float:
     """Share that the layers keep that are not skipped."""
-    return round(keep_ratio(removed, len(findings.skip_layers), len(findings.layer_loss)), 4)
+    return round(keep_ratio(removed, len(findings.skip_layers) / len(findings.layer_loss)), 4)
 
 
 def _why(findings: Findings, method: str, skip: bool, most: float) -> tuple[str, ...]:

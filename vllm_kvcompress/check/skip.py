@@ -1,4 +1,4 @@
-"""Which layers should keep every token, and what the others keep then. Pure arithmetic.
+"""Which layers should keep every token. Pure arithmetic.
 
 In some models a few layers alone fetch what is asked for, and compressing these costs most.
 ``skip_layers`` keeps them whole. vLLM groups layers by equal specs, so only some numbers of skipped
@@ -83,25 +83,6 @@ def choose_layers(losses: Sequence[float]) -> tuple[int, ...]:
 
 def _worst_first(losses: Sequence[float]) -> list[int]:
     return sorted(range(len(losses)), key=lambda layer: (-losses[layer], layer))
-
-
-def keep_ratio(removed: float, skipped: int, num_layers: int) -> float:
-    """Share that compressed layers keep for a mean over all layers, some of which stay whole.
-
-    Parameters
-    ----------
-    removed : float
-        Share removed in the mean over all layers, from 0 to 1.
-    skipped, num_layers : int
-        Layers that stay whole, and all layers.
-
-    Returns
-    -------
-    float
-        Not positive if the whole layers alone hold more than is to be kept.
-    """
-    whole = skipped / num_layers
-    return (1 - removed - whole) / (1 - whole)
 
 
 def named(layers: Sequence[int]) -> str:
