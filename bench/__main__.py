@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budgets", type=integers, default=(), help="tokens, as 256,512")
     made.add_argument("--shapes", type=shapes, default=(), help="prompt+output tokens: 1000+1000")
     made.add_argument("--pools", type=integers, default=(), help="KV memory, in whole requests")
+    made.add_argument("--requests", type=int, default=0, help="requests sent at once")
     made.add_argument("--out", type=Path, help=f"directory (default: under {RESULTS.name}/)")
     made.add_argument("--anywhere", action="store_true", help="add to another machine's results")
     made.add_argument("--list", action="store_true", help="list the cases and stop")
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         budgets=options.budgets,
         shapes=options.shapes,
         pools=options.pools,
+        requests=options.requests,
     )
     if find_spec("matplotlib") is None:
         print('The plots need matplotlib: pip install "vllm-kvcompress[bench]".', file=sys.stderr)

@@ -12,6 +12,7 @@ SCENARIOS = {
     "capacity": "bench.scenarios.capacity",
     "latency": "bench.scenarios.latency",
     "overhead": "bench.scenarios.overhead",
+    "profile": "bench.scenarios.profile",
     "scheduler": "bench.scenarios.scheduler",
     "compaction": "bench.scenarios.pages",
     "scale": "bench.scenarios.scale",

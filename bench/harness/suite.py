@@ -37,6 +37,8 @@ class Options:
         Prompt and output tokens, instead of the scenario's own.
     pools : tuple of int
         KV memory, as the number of whole requests that it holds in stock vLLM.
+    requests : int
+        Sent at once by ``throughput`` and ``serving``; 0 is the scenario's own number.
     """
 
     effort: Effort = "full"
@@ -46,6 +48,7 @@ class Options:
     budgets: tuple[int, ...] = ()
     shapes: tuple[tuple[int, int], ...] = ()
     pools: tuple[int, ...] = ()
+    requests: int = 0
 
 
 @dataclass(frozen=True)

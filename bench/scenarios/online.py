@@ -43,6 +43,7 @@ class Serving:
             ),
         }[options.effort]
         methods = with_budgets(options.methods or methods, options.budgets)
+        requests = options.requests or requests
         found = []
         for data in datasets:
             for prompt, output in options.shapes or shapes:

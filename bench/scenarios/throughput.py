@@ -35,11 +35,12 @@ class Throughput:
             methods = with_budgets(options.methods or batch.methods, options.budgets)
             for method in methods:
                 contender(method, sum(batch.shape))
+            requests = options.requests or batch.requests
             for pool in options.pools or batch.pools:
                 for repeat in range(options.repeats or REPEATS[options.effort]):
                     for method in methods if repeat % 2 == 0 else methods[::-1]:
                         found.append(
-                            self._case(options, batch.shape, pool, method, repeat, batch.requests)
+                            self._case(options, batch.shape, pool, method, repeat, requests)
                         )
         return found
 
