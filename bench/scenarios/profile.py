@@ -92,7 +92,8 @@ class Profile:
         lines = [
             "Requests in the middle of their output, decoding at once; prompts are not computed. "
             "Shares of the wall time of a step: the scheduler, compactions, the model, its "
-            "logits, and what is between them (input batches, metadata, sampling, the engine's loop). "
+            "logits, and what is between them (input batches, metadata, sampling, the engine's "
+            "loop). "
             "The model's own share is split by torch's profiler, in further steps.",
             "",
         ]
