@@ -330,7 +330,9 @@ def test_falls_back_to_torch(
         case.triton.warm_up(None, None, ranked=False)
     assert case.bytes_of(0).equal(before)
     (warning,) = warnings
-    assert warning.startswith("kvcompress: TritonBandPages is not used, compactions run in torch")
+    assert warning.startswith(
+        "kvcompress: TritonBandPages is not used and compactions run in torch: "
+    )
     assert warning.endswith(said)
     # Pages that exist go to torch from now on, and there will be no others.
     assert not TritonBandPages.fits(case.triton.layers)

@@ -73,8 +73,9 @@ class Runs(NamedTuple):
 class TritonBandPages(BandPages):
     """Token-major pages on a GPU. Same results as the base, which remains the reference.
 
-    Elements may be float32, float16, bfloat16 or fp8 of both kinds. Merging is left to the
-    base, and so are methods that see more than norms and directions.
+    Elements may be float32, float16, bfloat16 or fp8 of both kinds, which is decoded from its
+    bits by the kernels. Merging, the choice by scores, and methods other than those by norms
+    and directions are left to the base. Nothing here waits for the GPU.
     """
 
     working: ClassVar[bool] = True
@@ -155,8 +156,7 @@ class TritonBandPages(BandPages):
         if wrong is not None:
             TritonBandPages.working = False
             logger.warning(
-                "kvcompress: TritonBandPages is not used, compactions run in torch, which is "
-                "slower: %s",
+                "kvcompress: TritonBandPages is not used and compactions run in torch: %s",
                 wrong,
             )
 
@@ -221,11 +221,12 @@ class TritonBandPages(BandPages):
 
         No two rows share a byte of the pages, so that they can be moved one after the other.
         """
-        dim = self.shape[2]
-        each = max(1, MAX_ROOM // max(1, kept * dim)) if kept else self._rows
-        for first in range(0, self._rows if kept else 0, each):
+        if not kept:
+            return
+        dim, raw = self.shape[2], RAW_DTYPES[self._first.element.itemsize]
+        each = max(1, MAX_ROOM // (kept * dim))
+        for first in range(0, self._rows, each):
             rows = min(each, self._rows - first)
-            raw = RAW_DTYPES[self._first.element.itemsize]
             yield first, torch.empty(2, rows, kept, dim, dtype=raw, device=self.device)
 
     def _gather(
