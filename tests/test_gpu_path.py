@@ -24,6 +24,7 @@ from gpu_path.harness import (
     V2_ASYNC,
     V2_SYNC,
     V2_TRITON,
+    V2_TRITON_PAGES,
     Result,
     Route,
     compare,
@@ -304,7 +305,7 @@ def test_triton_attention(
     small_blocks = {
         **_case(
             small_llama,
-            {**TWO_BANDS, "budget": 48, "recent_tokens": 8, "interval": 8},
+            {**FLAT, "budget": 48, "recent_tokens": 8, "interval": 8},
             [{"requests": [0]}],
             block_size=16,
         ),
@@ -317,6 +318,11 @@ def test_triton_attention(
     assert _compactions(found["runs"][0], 0) >= 2
     print(_agrees_with_oracle(small_blocks, small["runs"][0], 0))
     assert _compactions(small["runs"][0], 0) >= 3
+    # The last one again, with pages moved by our Triton kernels instead of torch.
+    (moved,) = run_cases(V2_TRITON_PAGES, [small_blocks])
+    print(compare(moved["runs"][0], small["runs"][0], [0]))
+    print(_agrees_with_oracle(small_blocks, moved["runs"][0], 0))
+    assert _compactions(moved["runs"][0], 0) >= 3
 
 
 def test_refuses_metadata_without_slots() -> None:

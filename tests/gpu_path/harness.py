@@ -37,11 +37,12 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Route:
-    """A way through vLLM: runner, scheduler and attention backend."""
+    """A way through vLLM: runner, scheduler, attention backend, and what moves pages."""
 
     v2: bool = False
     asynchronous: bool = False
     triton_attention: bool = False
+    triton_pages: bool = False
 
     def environment(self) -> dict[str, str]:
         """Environment of the subprocess."""
@@ -54,6 +55,7 @@ class Route:
             HF_HUB_OFFLINE="1",
             KVCOMPRESS_TEST_ASYNC=str(int(self.asynchronous)),
             KVCOMPRESS_TEST_TRITON_ATTENTION=str(int(self.triton_attention)),
+            KVCOMPRESS_TEST_TRITON_PAGES=str(int(self.triton_pages)),
         )
         paths = [str(REPOSITORY), *filter(None, [env.get("PYTHONPATH")])]
         if self.v2:
@@ -75,12 +77,14 @@ class Route:
         _, head_step, token_step, _ = classes["page_strides"]
         assert (token_step > head_step) == self.triton_attention
         assert classes["compressed_groups"] == classes["groups"]
+        assert (classes["pages"] == ["TritonBandPages, working"]) == self.triton_pages
 
 
 V1 = Route()
 V2_SYNC = Route(v2=True)
 V2_ASYNC = Route(v2=True, asynchronous=True)
 V2_TRITON = Route(v2=True, asynchronous=True, triton_attention=True)
+V2_TRITON_PAGES = Route(v2=True, asynchronous=True, triton_attention=True, triton_pages=True)
 
 
 def run_cases(route: Route, cases: list[dict[str, Any]]) -> list[Result]:

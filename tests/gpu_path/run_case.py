@@ -75,8 +75,17 @@ class Recorder:
             "compressed_groups": sum(hasattr(group, "holes") for group in groups),
             "layout": self.core.vllm_config.cache_config.get_resolved_kv_cache_layout().name,
             "page_strides": list(cache.stride()),
+            "pages": sorted({self._kind(band) for band in self._bands()}),
             "block_size": self.core.vllm_config.cache_config.block_size,
         }
+
+    def _bands(self) -> list[Any]:
+        connected = self.runner.kvcompress
+        return [] if connected is None else list(connected.compactor.groups.values())
+
+    def _kind(self, band: Any) -> str:
+        """What scores and moves pages, and whether it did not give up on itself."""
+        return type(band).__name__ + (", working" if getattr(band, "working", False) else "")
 
     def _layers(self) -> dict[str, Any]:
         context = self.core.vllm_config.compilation_config.static_forward_context

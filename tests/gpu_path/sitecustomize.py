@@ -11,6 +11,8 @@ environment variables, which :func:`gpu_path.harness.run_case` sets:
     Asynchronous scheduling, which vLLM's CPU platform turns off.
 ``KVCOMPRESS_TEST_TRITON_ATTENTION=1``
     vLLM's Triton attention backend, and with it the GPU cache layout (LBNHC).
+``KVCOMPRESS_TEST_TRITON_PAGES=1``
+    Pages scored and moved by our Triton kernels, which otherwise only GPUs have.
 """
 
 from __future__ import annotations
@@ -65,6 +67,18 @@ def use_triton_attention(module: Any) -> None:
     )
 
 
+def use_triton_pages(module: Any) -> None:
+    """Choose our Triton kernels on this CPU too."""
+
+    def band_pages(layers: Any) -> Any:
+        from vllm_kvcompress.worker.gpu.band import TritonBandPages
+
+        assert TritonBandPages.fits(layers)
+        return TritonBandPages(layers)
+
+    module.band_pages = band_pages
+
+
 def pretend_driver() -> None:
     """Give Triton an active driver: without one vLLM takes it for missing."""
     import triton.backends
@@ -90,3 +104,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
         torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
         after_import("vllm.v1.attention.backends.registry", use_triton_attention)
+    if os.environ.get("KVCOMPRESS_TEST_TRITON_PAGES") == "1":
+        after_import("vllm_kvcompress.worker.setup", use_triton_pages)

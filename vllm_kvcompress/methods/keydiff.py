@@ -22,8 +22,12 @@ class KeyDiff(Method):
         self, keys: torch.Tensor, context: ScoreContext, values: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Negative cosine to the mean of the unit keys, ``[kv_heads, tokens]``."""
+        return self.score_cosines(cosine_to_mean(keys))
+
+    def score_cosines(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Scores by cosines to the mean of the unit keys, both ``[..., tokens]``, float32."""
         # Coarser than rounding noise, which is absolute here, so that position decides ties.
-        return torch.round(cosine_to_mean(keys) * -4096) / 4096
+        return torch.round(cosines * -4096) / 4096
 
 
 def cosine_to_mean(keys: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,14 @@ class KVDiff(Method):
         """Standardised value norm minus standardised cosine, ``[kv_heads, tokens]``."""
         if values is None:
             raise ValueError("kvdiff scores keys and values, but got no values.")
-        norms = torch.linalg.vecdot(values, values).sqrt()
-        scores = standardised(norms) - standardised(cosine_to_mean(keys))
+        return self.score_parts(cosine_to_mean(keys), torch.linalg.vecdot(values, values))
+
+    def score_parts(self, cosines: torch.Tensor, squared_norms: torch.Tensor) -> torch.Tensor:
+        """Scores by cosines to the mean of the unit keys and squared L2 norms of values.
+
+        All ``[..., tokens]``, float32.
+        """
+        scores = standardised(squared_norms.sqrt()) - standardised(cosines)
         # As in KeyDiff: coarser than rounding noise, so that position decides ties.
         return torch.round(scores * 4096) / 4096
 

@@ -182,13 +182,19 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
 
 
 def band_pages(layers: Mapping[int, LayerPages]) -> BandPages:
-    """Pages of layers that lie alike, with compiled kernels where there are any for them."""
-    if next(iter(layers.values())).device.type == "cpu":
-        # Imported late: other devices never need a compiler.
+    """Pages of layers that lie alike, with kernels where there are any for them."""
+    # Imported late: a device never needs the other one's compiler.
+    device = next(iter(layers.values())).device.type
+    if device == "cpu":
         from vllm_kvcompress.worker.cpu.band import CompiledBandPages
 
         if CompiledBandPages.fits(layers):
             return CompiledBandPages(layers)
+    elif device == "cuda":
+        from vllm_kvcompress.worker.gpu.band import TritonBandPages
+
+        if TritonBandPages.fits(layers):
+            return TritonBandPages(layers)
     return BandPages(layers)
 
 

@@ -1,0 +1,1 @@
+"""Triton page moves for GPUs, beside those in torch, which are their reference."""
