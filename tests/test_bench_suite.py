@@ -26,7 +26,7 @@ from bench.scenarios.latency import Latency
 from bench.scenarios.overhead import Overhead
 from bench.scenarios.throughput import Throughput, paired
 
-OWN = ("throughput", "serving", "capacity", "latency", "overhead", "compaction")
+OWN = ("throughput", "serving", "capacity", "latency", "overhead", "profile", "compaction")
 SECONDS = {"stock": 100.0, "knorm/8": 25.0, "knorm/2": 80.0, "fp8": 60.0, "knorm+fp8/4": 30.0}
 
 

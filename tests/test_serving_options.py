@@ -366,7 +366,7 @@ def test_announcement_of_the_demo(demo: str) -> None:
     assert body["model"] == "SmolLM2-135M-Instruct"
     assert "/v1/chat/completions" in text
     for word in (
-        "kvdiff",
+        "keydiff",
         "512",
         "layers 7, 8, 17, 18, 20, 23: every token",
         "2,048",
@@ -398,6 +398,14 @@ def test_layers_that_the_demo_keeps_whole(
     assert found.settings.skip_layers == skipped
     config = found.values.additional_config["kvcompress"]
     assert tuple(config.get("skip_layers", ())) == skipped
+
+
+def test_method_beside_whole_layers(demo: str) -> None:
+    """Another than where all layers are compressed alike; what the user says counts."""
+    assert command().settings.method == "keydiff"
+    assert command("--kvcompress-skip-layers=").settings.method == "kvdiff"
+    assert command("--kvcompress-method=knorm").settings.method == "knorm"
+    assert command("--kvcompress-method=knorm").settings.skip_layers == SKIP_LAYERS
 
 
 def test_layers_of_a_named_model_are_not_skipped(tmp_path: Path) -> None:
