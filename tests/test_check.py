@@ -306,4 +306,4 @@ def test_check_of_the_bundled_model(tmp_path, capsys):
     assert losses["keydiff", 0.25, False]["text"] < losses["random", 0.5, False]["text"] + 0.05
     assert len(read["correlation"]["knorm"]) == 30
     assert max(range(30), key=lambda layer: read["layer_loss"][layer]) == 18
-    assert 18 in read["skip_layers"]
+    assert 18 in read["skip_layers"]["0.5"]

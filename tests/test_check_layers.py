@@ -31,6 +31,7 @@ from vllm_kvcompress.check.recommend import advise
 from vllm_kvcompress.check.report import as_json, markdown, plot
 from vllm_kvcompress.check.skip import (
     MAX_GROUPS,
+    OTHERS_KEEP,
     allowed_sizes,
     choose_layers,
     named,
@@ -75,11 +76,13 @@ def test_the_layer_that_retrieves_is_found_and_skipped(marked_cases):
     assert found.layer_method == "knorm"
     assert found.layer_loss[2] > 1
     assert found.layer_loss[:2] + found.layer_loss[3:] == pytest.approx([0] * 7, abs=1e-5)
-    assert found.skip_layers == (2,)
+    assert set(found.skip_layers) == {0.5, 0.75}  # layer 2 alone is 12.5 % of the cache
+    assert len(found.skip_layers[0.5]) == 3 and 2 in found.skip_layers[0.5]
+    assert found.skip_layers[0.75] == (2,)
     assert found.loss("knorm", 0.5).right == 1
     assert found.loss("knorm", 0.5, skip=True).right == 0
     assert found.loss("knorm", 0.5, skip=True).recall == pytest.approx(0, abs=1e-5)
-    assert found.measured(skip=True) == [0.5, 0.75]  # layer 2 alone is 12.5 % of the cache
+    assert found.measured(skip=True) == [0.5, 0.75]
     advice = advise(found)
     assert advice.settings == {
         "method": "knorm",
@@ -92,7 +95,7 @@ def test_the_layer_that_retrieves_is_found_and_skipped(marked_cases):
     assert "75% of the cached tokens in the mean" in advice.words[0]
     assert "layer 2 stays whole and the others keep 14.3%" in advice.words[0]
     assert "out of reach" in advice.words[1]
-    assert advice.verdicts["knorm"].endswith("at no share, up to 75% removed with layer 2 whole")
+    assert advice.verdicts["knorm"].endswith("at no share, up to 75% removed with layers skipped")
 
 
 def test_skipping_removes_the_same_in_the_mean(marked_cases, monkeypatch):
@@ -110,7 +113,8 @@ def test_skipping_removes_the_same_in_the_mean(marked_cases, monkeypatch):
     flat, alone, skipping = kept[0], kept[1:5], kept[5]
     assert flat == [240] * 4
     assert alone == [[40 if layer == own else 400 for layer in range(4)] for own in range(4)]
-    assert skipping == [187, 400, 187, 187]  # 0.6 * 4 * 400 = 960 in all
+    assert sorted(skipping) == [80, 80, 400, 400]  # 0.6 * 4 * 400 = 960 in all
+    assert skipping[1] == 400
     assert len(kept) == 6
 
 
@@ -118,14 +122,14 @@ def test_layers_that_lose_alike_are_all_compressed(cases):
     methods = {"knorm": METHODS["knorm"]()}
     found = measure(planted_model(1.0), "planted", cases, methods, [0.5], Shape(4, 16))
     assert len(found.layer_loss) == 3
-    assert found.skip_layers == ()
+    assert found.skip_layers == {}
     assert found.ways == [("knorm", False)]
 
 
 def test_baselines_alone_say_nothing_of_layers(cases):
     methods = {"streaming": METHODS["streaming"]()}
     found = measure(planted_model(1.0), "planted", cases, methods, [0.5], Shape(4, 16))
-    assert (found.layer_method, found.layer_loss, found.skip_layers) == (None, [], ())
+    assert (found.layer_method, found.layer_loss, found.skip_layers) == (None, [], {})
 
 
 # Choice.
@@ -139,13 +143,12 @@ def losses_of(sensitive: dict[int, float], layers: int = 30) -> list[float]:
 @pytest.mark.parametrize(
     ("layers", "sizes"),
     [
-        (30, [0, 3, 5, 6]),
-        (32, [0, 4, 8]),
-        (28, [0, 4, 7]),
-        (80, [0, 8, 9, 10, 16, 17, 20]),
-        (22, [0]),
-        (4, [0, 1]),
-        (3, [0]),
+        (30, [0, 3, 5, 6, 9, 10, 12, 15, 18, 20, 21, 24, 25, 27]),
+        (32, [0, 4, 8, 10, 11, 12, 16, 20, 21, 24, 28]),
+        (28, [0, 4, 7, 8, 12, 14, 16, 20, 21, 24]),
+        (22, [0, 11]),
+        (4, [0, 1, 2, 3]),
+        (1, [0]),
     ],
 )
 def test_sizes_that_may_be_skipped(layers, sizes):
@@ -153,39 +156,47 @@ def test_sizes_that_may_be_skipped(layers, sizes):
 
 
 @pytest.mark.parametrize(
-    ("losses", "chosen"),
+    ("losses", "removed", "chosen"),
     [
-        (losses_of({18: 0.65}), (18, 28, 29)),
-        (losses_of({7: 0.03, 18: 0.65, 23: 0.02}), (7, 18, 23)),
-        (losses_of({3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8}), (3, 4, 5, 6, 29)),
-        (losses_of(dict.fromkeys(range(10), 0.5)), (0, 1, 2, 3, 4, 5)),
-        (losses_of({18: 0.09}), ()),
-        (losses_of(dict.fromkeys(range(16), 0.5)), ()),
-        ([0.5] * 29 + [2.0], ()),
-        ([0.5] * 29 + [2.6], (0, 1, 29)),
-        ([-0.2] * 29 + [0.2], (0, 1, 29)),
-        ([0.0, 0.0, 5.0], ()),
+        (losses_of({18: 0.65}), 0.75, (18, 25, 26, 27, 28, 29)),
+        (losses_of({7: 0.03, 18: 0.65}), 0.75, (7, 18, 26, 27, 28, 29)),
+        (losses_of({7: 0.03, 18: 0.65}), 0.5, (7, 18, *range(20, 30))),
+        (losses_of(dict.fromkeys(range(10), 0.5)), 0.75, (0, 1, 2, 3, 4, 5)),
+        (losses_of({18: 0.65}), 0.85, (18, 28, 29)),  # the others keep 5.6 % beside three
+        (losses_of({18: 0.65}), 0.9, ()),
+        (losses_of({18: 0.65}), 0.95, ()),
+        (losses_of({18: 0.09}), 0.5, ()),
+        (losses_of(dict.fromkeys(range(16), 0.5)), 0.5, ()),
+        ([0.5] * 29 + [2.0], 0.75, ()),
+        ([0.5] * 29 + [2.6], 0.75, (0, 1, 2, 3, 4, 29)),
+        ([-0.2] * 29 + [0.2], 0.75, (0, 1, 2, 3, 4, 29)),
+        ([0.0, 0.0, 5.0], 0.75, ()),
     ],
     ids=[
-        *("one", "filled with the next worst", "five for four", "more than a quarter"),
-        *("too small", "most", "not apart", "apart", "others gain", "too few layers"),
+        *("one", "two", "more at a smaller share", "as many as may be", "fewer at a larger"),
+        *("out of reach", "below what others keep", "too small", "most", "not apart", "apart"),
+        *("others gain", "too few layers"),
     ],
 )
-def test_choice_of_layers(losses, chosen):
-    assert choose_layers(losses) == chosen
+def test_choice_of_layers(losses, removed, chosen):
+    assert choose_layers(losses, removed) == chosen
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(-0.5, 5) | st.floats(-0.01, 0.01), min_size=1, max_size=64))
-def test_chosen_layers_are_the_worst_and_make_few_groups(losses):
-    chosen = choose_layers(losses)
+@given(
+    st.lists(st.floats(-0.5, 5) | st.floats(-0.01, 0.01), min_size=1, max_size=64),
+    st.floats(0.05, 0.95),
+)
+def test_chosen_layers_are_the_worst_and_make_few_groups(losses, removed):
+    chosen = choose_layers(losses, removed)
     sensitive = sensitive_layers(losses)
     assert len(sensitive) <= len(losses) / 2
-    assert len(chosen) <= len(losses) / 4
     assert bool(chosen) <= bool(sensitive)
     if not chosen:
         return
-    assert set(sensitive) <= set(chosen) or len(chosen) == allowed_sizes(len(losses))[-1]
+    assert keep_ratio(removed, len(chosen) / len(losses)) >= OTHERS_KEEP
+    larger = [size for size in allowed_sizes(len(losses)) if size > len(chosen)]
+    assert all(keep_ratio(removed, size / len(losses)) < OTHERS_KEEP for size in larger)
     others = [loss for layer, loss in enumerate(losses) if layer not in chosen]
     assert min(losses[layer] for layer in chosen) >= max(others)
     bands = plan_bands(parse_settings({"skip_layers": list(chosen)}), len(losses), 32)
@@ -204,10 +215,10 @@ def test_keep_ratio_beside_whole_layers():
 
 
 def test_shares_out_of_reach_are_those_that_touch_sinks_or_recent():
-    shares = [0.25, 0.5, 0.75, 0.85, 0.9]
-    assert reachable(shares, 3, 30, 1500, Shape(4, 64)) == [0.25, 0.5, 0.75, 0.85]  # 83 of 1500
-    assert reachable(shares, 3, 30, 1500, Shape(4, 80)) == [0.25, 0.5, 0.75]
-    assert reachable(shares, 0, 30, 1500, Shape(4, 64)) == shares
+    assert reachable(0.85, 3, 30, 1500, Shape(4, 64))  # 83 of 1500
+    assert not reachable(0.85, 3, 30, 1500, Shape(4, 80))
+    assert not reachable(0.9, 3, 30, 1500, Shape(0, 0))
+    assert reachable(0.9, 0, 30, 1500, Shape(4, 64))
 
 
 def test_layers_in_words():
@@ -226,7 +237,7 @@ def with_skipping(found: Findings, losses: dict[str, list[float]]) -> Findings:
         losses=found.losses + losses_at((0.25, 0.5, 0.75), losses, skip=True),
         layer_method="kvdiff",
         layer_loss=losses_of({7: 0.03, 18: 0.65, 23: 0.02}),
-        skip_layers=(7, 18, 23),
+        skip_layers=dict.fromkeys((0.25, 0.5, 0.75), (7, 18, 23)),
     )
 
 
@@ -249,10 +260,7 @@ def test_skipping_is_recommended_where_more_can_be_removed():
         "kvdiff may remove 75% of the cached tokens in the mean over all layers if layers 7, 18 "
         "and 23 stay whole and the others keep 16.7%: it costs 0.050 nats"
     )
-    assert (
-        "up to 50% removed, up to 75% removed with layers 7, 18 and 23"
-        in (advice.verdicts["kvdiff"])
-    )
+    assert "up to 50% removed, up to 75% removed with layers skipped" in (advice.verdicts["kvdiff"])
 
 
 @pytest.mark.parametrize(
@@ -278,7 +286,7 @@ def test_a_method_that_fits_only_with_layers_skipped_may_be_used():
     found = with_skipping(findings({"kvdiff": [2, 3, 4]}, SIGNAL), {"kvdiff": [0.1, 0.2]})
     advice = advise(found)
     assert advice.settings["keep_ratio"] == round(0.4 / 0.9, 4)
-    assert advice.words[1] == "75% is out of reach while these layers stay whole."
+    assert advice.words[1] == "75% is out of reach while layers stay whole."
     worse = with_skipping(findings({"kvdiff": [2, 3, 4]}, SIGNAL), {"kvdiff": [1.5, 2]})
     assert not advise(worse).use
 
@@ -300,22 +308,16 @@ def test_report_tells_of_layers(tmp_path):
     row = "| `kvdiff`, layers skipped | +0.20 | 0.000 / 0.00 / 0% | 0.050 / 0.35 / 5% | "
     assert row + "out of reach |" in told
     assert "the worst are layer 18 (0.650), layer 7 (0.030), layer 23 (0.020), layer 29" in told
-    assert "layers 7, 18 and 23 keep every token" in told
+    assert "at 25% removed layers 7, 18 and 23; at 50% removed layers" in told
     assert '"skip_layers": [7, 18, 23]' in told
     read = json.loads(as_json(found, advice))
-    assert read["advice"]["settings"]["skip_layers"] == read["skip_layers"] == [7, 18, 23]
+    assert read["advice"]["settings"]["skip_layers"] == read["skip_layers"]["0.25"] == [7, 18, 23]
     assert (read["layer_method"], read["layer_loss"][18]) == ("kvdiff", 0.65)
     assert [loss["skip"] for loss in read["losses"]] == [False] * 6 + [True] * 4
     pytest.importorskip("matplotlib")
-    plot(dataclasses.replace(found, skip_layers=()), tmp_path / "none.png")
+    plot(dataclasses.replace(found, skip_layers={}), tmp_path / "none.png")
     plot(found, tmp_path / "some.png")
     assert (tmp_path / "some.png").read_bytes() != (tmp_path / "none.png").read_bytes()
-
-
-def test_report_tells_if_skipping_reaches_no_share():
-    found = with_skipping(findings(FLAT, SIGNAL), {})
-    told = markdown(found, advise(found))
-    assert "With layers 7, 18 and 23 whole, all shares removed are out of reach." in told
 
 
 @pytest.mark.parametrize(

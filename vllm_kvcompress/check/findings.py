@@ -27,7 +27,7 @@ class Loss:
         Share of these answers that the model no longer gets right although the full cache
         did; negative if it gets more of them.
     skip : bool
-        Whether the layers of ``Findings.skip_layers`` stayed whole and the others lost more.
+        Whether layers of ``Findings.skip_layers`` stayed whole and the others lost more.
     """
 
     method: str
@@ -61,9 +61,9 @@ class Findings:
     layer_loss : list of float
         By layer, what compressing it alone costs: loss of mean log-probability of answers,
         nats per token.
-    skip_layers : tuple of int
-        Layers that lose far more than the others; all methods were measured again with these
-        whole.
+    skip_layers : dict of float to tuple of int
+        By share removed, layers that lose most alone; all methods were measured again with
+        these whole. Empty if no layer loses far more than the others.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Findings:
     recent: int
     layer_method: str | None = None
     layer_loss: list[float] = field(default_factory=list)
-    skip_layers: tuple[int, ...] = ()
+    skip_layers: dict[float, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:

@@ -88,30 +88,27 @@ def tell_compressed(
     tell(model, small, context.tokens, sample, [tallies[label] for label in methods])
 
 
-def reachable(
-    shares: Sequence[float], skipped: int, num_layers: int, tokens: int, shape: Shape
-) -> list[float]:
-    """Shares that can be removed in the mean over all layers while some stay whole.
+def reachable(removed: float, skipped: int, num_layers: int, tokens: int, shape: Shape) -> bool:
+    """Whether a share can be removed in the mean over all layers while some stay whole.
 
     Parameters
     ----------
-    shares : sequence of float
+    removed : float
     skipped, num_layers : int
     tokens : int
         Length of the shortest context; the other layers must not fall below what is protected.
     shape : Shape
     """
     least, whole = max(1, shape.sinks + shape.recent), skipped / num_layers
-    return [s for s in shares if round(keep_ratio(s, whole) * tokens) >= least]
+    return round(keep_ratio(removed, whole) * tokens) >= least
 
 
 def skipping_losses(
     model: Any,
     samples: Sequence[Sample],
     methods: Mapping[str, Method],
-    shares: Sequence[float],
+    skip_layers: Mapping[float, Sequence[int]],
     shape: Shape,
-    skip_layers: Sequence[int],
     num_layers: int,
     full: Tally,
     say: Say,
@@ -124,11 +121,9 @@ def skipping_losses(
         With :func:`~vllm_kvcompress.check.attention.own_attention`.
     samples : sequence of Sample
     methods : mapping of str to Method
-    shares : sequence of float
-        Removed in the mean over all layers; those out of reach are left out.
+    skip_layers : mapping of float to sequence of int
+        Layers that stay whole, by the share removed in the mean over all layers.
     shape : Shape
-    skip_layers : sequence of int
-        Layers that stay whole.
     num_layers : int
     full : Tally
         Of the same samples, with the full cache.
@@ -140,16 +135,14 @@ def skipping_losses(
     list of Loss
     """
     started = time.monotonic()
-    whole = len(skip_layers) / num_layers
-    shortest = min(len(sample.context) for sample in samples)
-    shares = reachable(shares, len(skip_layers), num_layers, shortest, shape)
-    lossy = {share: {label: Tally() for label in methods} for share in shares}
+    lossy = {share: {label: Tally() for label in methods} for share in skip_layers}
     for number, sample in enumerate(samples, 1):
         context = compute(model, sample.context)
         for share, tallies in lossy.items():
-            stay = round(keep_ratio(share, whole) * context.tokens)
+            skipped = skip_layers[share]
+            stay = round(keep_ratio(share, len(skipped) / num_layers) * context.tokens)
             keep = [stay] * num_layers
-            for layer in skip_layers:
+            for layer in skipped:
                 keep[layer] = context.tokens
             tell_compressed(model, context, sample, methods, keep, shape, tallies)
         seconds = time.monotonic() - started

@@ -16,7 +16,13 @@ import torch
 from vllm_kvcompress.check.attention import noting_attention, own_attention
 from vllm_kvcompress.check.dense import Context, Shape, compute, follow, kept_tokens, layer_scores
 from vllm_kvcompress.check.findings import BASELINES, Findings, Loss
-from vllm_kvcompress.check.layers import Say, layer_losses, skipping_losses, tell_compressed
+from vllm_kvcompress.check.layers import (
+    Say,
+    layer_losses,
+    reachable,
+    skipping_losses,
+    tell_compressed,
+)
 from vllm_kvcompress.check.skip import choose_layers
 from vllm_kvcompress.check.tally import Tally, against, tell
 from vllm_kvcompress.check.texts import Sample
@@ -136,14 +142,18 @@ def measure(
         ]
         best = _least_lossy(losses)
         alone: list[float] = []
-        skip: tuple[int, ...] = ()
+        skip: dict[float, tuple[int, ...]] = {}
         if best is not None:
             alone = layer_losses(model, samples, methods[best], shape, full, say)
-            skip = choose_layers(alone)
+            shortest = min(len(sample.context) for sample in samples)
+            chosen = {share: choose_layers(alone, share) for share in shares}
+            skip = {
+                share: layers
+                for share, layers in chosen.items()
+                if layers and reachable(share, len(layers), len(alone), shortest, shape)
+            }
         if skip:
-            losses += skipping_losses(
-                model, samples, methods, shares, shape, skip, len(alone), full, say
-            )
+            losses += skipping_losses(model, samples, methods, skip, shape, len(alone), full, say)
     return Findings(
         model=name,
         tokens=tokens,

@@ -95,13 +95,15 @@ def _settings(findings: Findings, method: str, skip: bool, removed: float) -> di
     settings: dict[str, Any] = {"method": method, "keep_ratio": round(1 - removed, 4)}
     if skip:
         settings["keep_ratio"] = _ratio_beside(findings, removed)
-        settings["skip_layers"] = list(findings.skip_layers)
+        settings["skip_layers"] = list(findings.skip_layers[removed])
     return settings | {"sink_tokens": findings.sinks, "recent_tokens": findings.recent}
 
 
 def _ratio_beside(findings: Findings, removed: float) -> float:
     """Share that the layers keep that are not skipped."""
-    return round(keep_ratio(removed, len(findings.skip_layers) / len(findings.layer_loss)), 4)
+    return round(
+        keep_ratio(removed, len(findings.skip_layers[removed]) / len(findings.layer_loss)), 4
+    )
 
 
 def _why(findings: Findings, method: str, skip: bool, most: float) -> tuple[str, ...]:
@@ -109,8 +111,8 @@ def _why(findings: Findings, method: str, skip: bool, most: float) -> tuple[str,
     mean = ""
     if skip:
         mean = (
-            f" in the mean over all layers if {named(findings.skip_layers)} stay"
-            f"{'s' * (len(findings.skip_layers) == 1)} whole and the others keep "
+            f" in the mean over all layers if {named(findings.skip_layers[most])} stay"
+            f"{'s' * (len(findings.skip_layers[most]) == 1)} whole and the others keep "
             f"{_ratio_beside(findings, most):.1%}"
         )
     words = [
@@ -119,7 +121,7 @@ def _why(findings: Findings, method: str, skip: bool, most: float) -> tuple[str,
     ]
     worse = next((share for share in findings.shares if share > most), None)
     if worse is not None and worse not in findings.measured(skip):
-        words.append(f"{worse:.0%} is out of reach while these layers stay whole.")
+        words.append(f"{worse:.0%} is out of reach while layers stay whole.")
     elif worse is not None:
         loss = findings.loss(method, worse, skip)
         words.append(
@@ -161,7 +163,7 @@ def _verdict(findings: Findings, method: str) -> str:
     room = f"acceptable {_up_to(largest_share(findings, method))}"
     if (method, True) in findings.ways:
         share = largest_share(findings, method, skip=True)
-        room += f", {_up_to(share)} with {named(findings.skip_layers)} whole"
+        room += f", {_up_to(share)} with layers skipped"
     return (
         f"its score {meaning} (rank correlation {signal:+.2f}; below zero in {against} of "
         f"{len(layers)} layers); {room}"

@@ -76,14 +76,13 @@ def _layers(findings: Findings) -> list[str]:
     )
     if not findings.skip_layers:
         return [told + _none_skipped(losses), ""]
-    if not findings.measured(skip=True):
-        skipped = named(findings.skip_layers)
-        return [told + f"With {skipped} whole, all shares removed are out of reach.", ""]
+    skipped = "; ".join(
+        f"at {share:.0%} removed {named(layers)}" for share, layers in findings.skip_layers.items()
+    )
     told += (
-        f"Where layers are skipped, {named(findings.skip_layers)} keep"
-        f"{'s' * (len(findings.skip_layers) == 1)} every token and the others fewer, so that the "
-        "mean over all layers is the share removed; it is out of reach where the others would keep "
-        "fewer than the first and last tokens."
+        "Where layers are skipped, some keep every token and the others fewer, so that the mean "
+        f"over all layers is the share removed: {skipped}. A share is out of reach where the "
+        "others would keep next to nothing."
     )
     return [told, ""]
 
@@ -94,8 +93,9 @@ def _none_skipped(losses: Sequence[float]) -> str:
         return "No layer loses so much more than the others that it should be skipped."
     words, lose = named(sensitive).capitalize(), "loses" if len(sensitive) == 1 else "lose"
     return (
-        f"{words} {lose} far more, but no number of layers up to a quarter of {len(losses)} can be "
-        f"skipped without more than {MAX_GROUPS} KV cache groups."
+        f"{words} {lose} far more, but no number of {len(losses)} layers can be skipped at these "
+        f"shares without more than {MAX_GROUPS} KV cache groups, or leaving the others next to "
+        "nothing."
     )
 
 
@@ -144,14 +144,16 @@ def plot(findings: Findings, file: Path) -> None:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylim(-1, 1)
         axis.set_ylabel(method)
+    most = max(findings.skip_layers, default=0.0)
     if findings.layer_loss:
-        skipped = set(findings.skip_layers)
+        skipped = set(findings.skip_layers.get(most, ()))
         layers = range(len(findings.layer_loss))
         colors = ["tab:red" if layer in skipped else "tab:blue" for layer in layers]
         axes[-1].bar(layers, findings.layer_loss, color=colors)
         axes[-1].axhline(0, color="black", linewidth=0.8)
         axes[-1].set_ylabel(f"{findings.layer_method}:\nnats lost alone")
-    axes[-1].set_xlabel("layer" + (" (red: skipped)" if findings.skip_layers else ""))
+    red = f" (red: skipped at {most:.0%} removed)" if findings.skip_layers else ""
+    axes[-1].set_xlabel(f"layer{red}")
     figure.suptitle(f"{findings.model}: rank correlation of score and attention")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

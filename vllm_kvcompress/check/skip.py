@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from vllm_kvcompress.bands import group_layout, plan_bands
+from vllm_kvcompress.bands import group_layout, keep_ratio, plan_bands
 from vllm_kvcompress.settings import parse_settings
 
 SENSITIVE = 0.1
@@ -20,8 +20,9 @@ SENSITIVE = 0.1
 APART = 5.0
 """How many times the median layer's loss a sensitive layer has to lose."""
 
-MOST_SKIPPED = 0.25
-"""Largest share of layers to keep whole: they hold that share of the cache in any case."""
+OTHERS_KEEP = 0.06
+"""Least share that the other layers keep of their tokens. At a given mean, the bundled model loses
+the less the more layers are whole, down to this; docs/quality.md has the figures."""
 
 MAX_GROUPS = 10
 """Most KV cache groups that skipping may lead to; each has block tables and metadata of its
@@ -48,11 +49,11 @@ def sensitive_layers(losses: Sequence[float]) -> list[int]:
 def allowed_sizes(num_layers: int) -> list[int]:
     """How many of a model's layers may be skipped, ascending, from 0.
 
-    At most a quarter of them, where the groups that :func:`~vllm_kvcompress.bands.plan_bands`
-    chooses (none wastes more than 5 % on padding) are at most ``MAX_GROUPS``.
+    Those where the groups that :func:`~vllm_kvcompress.bands.plan_bands` chooses (none wastes
+    more than 5 % on padding) are at most ``MAX_GROUPS``.
     """
-    most = int(MOST_SKIPPED * num_layers)
-    return [0, *(size for size in range(1, most + 1) if _groups(num_layers, size) <= MAX_GROUPS)]
+    sizes = range(1, num_layers)
+    return [0, *(size for size in sizes if _groups(num_layers, size) <= MAX_GROUPS)]
 
 
 def _groups(num_layers: int, skipped: int) -> int:
@@ -61,24 +62,26 @@ def _groups(num_layers: int, skipped: int) -> int:
     return group_layout([len(band.layers) for band in bands])[1]
 
 
-def choose_layers(losses: Sequence[float]) -> tuple[int, ...]:
-    """Layers to skip: the fewest allowed that hold every sensitive one, filled with the next worst.
+def choose_layers(losses: Sequence[float], removed: float) -> tuple[int, ...]:
+    """Layers to skip: the worst, as many as leave the others ``OTHERS_KEEP`` of their tokens.
 
     Parameters
     ----------
     losses : sequence of float
         As for :func:`sensitive_layers`.
+    removed : float
+        Share of the cache to remove, in the mean over all layers.
 
     Returns
     -------
     tuple of int
-        Ascending; empty if no layer is sensitive. If more are than may be skipped, the worst
-        of them, as many as may be.
+        Ascending; empty if no layer is sensitive, or none can be skipped.
     """
-    count = len(sensitive_layers(losses))
-    sizes = allowed_sizes(len(losses))
-    size = next((size for size in sizes if size >= count), sizes[-1])
-    return tuple(sorted(_worst_first(losses)[:size]))
+    if not sensitive_layers(losses):
+        return ()
+    count = len(losses)
+    fitting = [n for n in allowed_sizes(count) if keep_ratio(removed, n / count) >= OTHERS_KEEP]
+    return tuple(sorted(_worst_first(losses)[: max(fitting, default=0)]))
 
 
 def _worst_first(losses: Sequence[float]) -> list[int]:
