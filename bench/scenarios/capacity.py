@@ -27,7 +27,7 @@ class Capacity:
         few = ("stock", "knorm/2", "knorm/4", "knorm/8", "pyramid/8", "during/8", "knorm+fp8/8")
         many = (
             *("stock", "fp8", "knorm/2", "knorm/4", "knorm/8", "pyramid/2", "pyramid/4"),
-            *("pyramid/8", "during/2", "during/4", "during/8", "merge/2", "merge/4", "merge/8"),
+            *("pyramid/8", "during/2", "during/4", "during/8", "merge/2", "merge/4"),
             *("knorm+fp8/4", "knorm+fp8/8"),
         )
         shapes, pools, methods = {

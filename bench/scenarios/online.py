@@ -37,7 +37,7 @@ class Serving:
                 DATASETS,
                 ((2000, 200), (1000, 1000), (6000, 128)),
                 (2, 4),
-                ("stock", "fp8", "knorm/8", "pyramid/8", "during/8", "merge/8", "knorm+fp8/4"),
+                ("stock", "fp8", "knorm/8", "pyramid/8", "during/8", "merge/4", "knorm+fp8/4"),
                 3,
                 24,
             ),

@@ -86,7 +86,10 @@ class SchedulerCost:
             "request waits and is tried in every step. "
             f"`{IDLE}`: no request reaches its threshold. `{ACTIVE}`: budget {BUDGET}, every "
             f"request compacts every {INTERVAL} tokens in every group; planning is included. "
-            f"Means over steps, medians of rounds. `{STOCK}` is vLLM without us, in one group.",
+            f"Means over steps, medians of rounds. `{STOCK}` is vLLM without us, in one group. "
+            "Every group has a block table for each request, which is looked at in every step: "
+            "what lies above the target with many groups is that work, which takes stock vLLM in "
+            "as many groups several times as long.",
             *target_lines(
                 [
                     Target(

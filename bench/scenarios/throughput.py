@@ -137,7 +137,8 @@ class Throughput:
         lines = [
             "`vllm bench throughput` on random tokens, all requests at once, sampled, no prefix "
             "cache. A pool of *n* holds *n* whole requests in stock vLLM; all contenders have "
-            "the same bytes. With `/8` a request never holds more than an eighth of its tokens."
+            "the same bytes. With `/8` a request never holds more than an eighth of its tokens. "
+            "More requests at once make steps longer: the scenario `profile` says by what."
         ]
         lines += target_lines(
             [
