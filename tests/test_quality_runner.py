@@ -316,15 +316,15 @@ def test_servers_to_start() -> None:
 
 def test_the_bundled_model_is_served_as_by_default_and_flat() -> None:
     assert servers_of("--short") == [
-        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.333),
-        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.2),
+        ("", "keydiff", ("keydiff", "kvdiff", "knorm"), 0.4),
+        ("", "keydiff", ("keydiff", "kvdiff", "knorm"), 0.2),
         ("flat", "kvdiff", ("kvdiff", "knorm"), 0),
     ]
     shares = {one.whole: one.shares for one in own_servers_of("--short") if not one.variant}
     assert list(shares.values()) == [(0.25, 0.5), (0.75, 0.9)]
     options = "--kvcompress-skip-layers 0,1,2,3,4,5"
     (own,) = servers_of("--short", "--variant", "few", "--server-options", options)
-    assert own == ("few", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.2)
+    assert own == ("few", "keydiff", ("keydiff", "kvdiff", "knorm"), 0.2)
     options = "--kvcompress-bands 6"
     (own,) = servers_of("--short", "--server-options", options)
     assert own[-1] == 0

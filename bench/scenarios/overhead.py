@@ -149,7 +149,8 @@ class Overhead:
             "Prompts are not computed: the pages hold random numbers. "
             "`not installed` was made before the plugin was loaded. An engine that is made second "
             "gets other memory, which alone moves its steps by some per cent: so `on` was "
-            "measured both ways, and the target is held against the geometric mean.",
+            "measured both ways, and the target is held against the geometric mean. `installed` "
+            "runs no code of ours in a step: how far it is from 1 is what the machine adds.",
             *target_lines(
                 [
                     Target(f"idle: {name}", "0.99 to 1.01", 0.99, 1.01, tuple(ratios))

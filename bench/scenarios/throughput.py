@@ -198,8 +198,12 @@ class Throughput:
     def plots(self, results: Results, directory: Path) -> list[Path]:
         """Throughput against KV bytes for each shape; bars if there is only one pool."""
         shapes: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(dict)
+        first: dict[str, int] = {}
         for rows in grouped(results).values():
+            # Batches of other sizes are other lines, and so other plots.
             shape = f"{rows[0]['prompt_tokens']}+{rows[0]['output_tokens']}"
+            if first.setdefault(shape, rows[0]["requests"]) != rows[0]["requests"]:
+                shape += f"-{rows[0]['requests']}-requests"
             for method in dict.fromkeys(row["method"] for row in rows):
                 speeds = [r["output_tokens_per_second"] for r in rows if r["method"] == method]
                 point = rows[0]["kv_bytes"] / (1 << 20), statistics.median(speeds)
