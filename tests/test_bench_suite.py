@@ -36,7 +36,9 @@ SECONDS = {"stock": 100.0, "knorm/8": 25.0, "knorm/2": 80.0, "fp8": 60.0, "knorm
 def test_factors_bound_what_is_held_and_budgets_what_is_kept() -> None:
     for name, budget, interval in (
         *(("knorm/8", 224, 32), ("knorm/2", 928, 64), ("merge/4", 480, 32)),
-        # Six of thirty layers hold 2,000 tokens, the others 333: 667 on average.
+        # Three of thirty layers hold 2,000 tokens, the others 333: 500 on average.
+        ("kvdiff-skip/4", 288, 32),
+        # Six of thirty, and 333: 667 on average.
         ("keydiff-skip/3", 288, 32),
         # Layers of a pyramid have L0 to L0 / 4, 5/8 of it on average: 220 of 352.
         *(("knorm@512", 512, 32), ("knorm@1024", 1024, 64), ("pyramid/8", 352, 32)),
@@ -52,7 +54,7 @@ def test_factors_bound_what_is_held_and_budgets_what_is_kept() -> None:
 
 def test_layers_kept_whole_leave_no_room_for_an_eighth() -> None:
     with pytest.raises(ValueError, match="kept whole alone"):
-        contender("keydiff-skip/8", 2000)
+        contender("kvdiff-skip/8", 2000)
 
 
 @pytest.mark.parametrize("name", ["knorm", "fp8/4", "knorm/", "magic/8", "knorm/8+fp8"])

@@ -24,7 +24,7 @@ from bench.quality.options import plan_of, run_parser
 from bench.quality.plan import FULL_PLAN, SHORT, Plan, Variant
 from bench.quality.rows import AFTER_PROMPT, DURING, FULL, STRICT, Row, RowsError, read_rows
 from bench.quality.runner import Runner
-from bench.quality.servers import OwnServer, own_servers
+from bench.quality.servers import own_servers
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.case import TaskError
 from bench.quality.tasks.texts import VARIABLE
@@ -287,18 +287,14 @@ def test_plans_are_of_known_tasks() -> None:
         ]
 
 
-def own_servers_of(*words: str) -> list[OwnServer]:
-    """Servers to start."""
-    arguments = run_parser("").parse_args([*words])
-    plan = plan_of(arguments, {"passkey": TASKS["passkey"]})
-    return own_servers(plan, arguments.model or str(model_directory()), arguments)
-
-
 def servers_of(*words: str) -> list[tuple[str, str, tuple[str, ...], float]]:
     """Variant, method, what is asked for and the share of whole layers of servers to start."""
+    arguments = run_parser("").parse_args([*words])
+    plan = plan_of(arguments, {"passkey": TASKS["passkey"]})
+    model = arguments.model or str(model_directory())
     return [
-        (one.variant, one.method, one.methods, round(one.whole, 3))
-        for one in own_servers_of(*words)
+        (one.variant, one.method, one.methods, one.whole)
+        for one in own_servers(plan, model, arguments)
     ]
 
 
@@ -316,15 +312,12 @@ def test_servers_to_start() -> None:
 
 def test_the_bundled_model_is_served_as_by_default_and_flat() -> None:
     assert servers_of("--short") == [
-        ("", "keydiff", ("keydiff", "kvdiff", "knorm"), 0.4),
-        ("", "keydiff", ("keydiff", "kvdiff", "knorm"), 0.2),
+        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.1),
         ("flat", "kvdiff", ("kvdiff", "knorm"), 0),
     ]
-    shares = {one.whole: one.shares for one in own_servers_of("--short") if not one.variant}
-    assert list(shares.values()) == [(0.25, 0.5), (0.75, 0.9)]
     options = "--kvcompress-skip-layers 0,1,2,3,4,5"
     (own,) = servers_of("--short", "--variant", "few", "--server-options", options)
-    assert own == ("few", "keydiff", ("keydiff", "kvdiff", "knorm"), 0.2)
+    assert own == ("few", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.2)
     options = "--kvcompress-bands 6"
     (own,) = servers_of("--short", "--server-options", options)
     assert own[-1] == 0

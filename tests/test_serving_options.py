@@ -13,7 +13,6 @@ import pytest
 
 from vllm_kvcompress import bundled, cli
 from vllm_kvcompress.api.plugin import KVCompressEndpoints
-from vllm_kvcompress.bundled import SKIP_LAYERS, SKIP_LAYERS_MILD
 from vllm_kvcompress.serving import allow, announce, main, options
 from vllm_kvcompress.serving import command as commands
 from vllm_kvcompress.settings import Settings, SettingsError, parse_settings
@@ -365,24 +364,14 @@ def test_announcement_of_the_demo(demo: str) -> None:
     body = json.loads(text.split("-d '")[1].split("'")[0])
     assert body["model"] == "SmolLM2-135M-Instruct"
     assert "/v1/chat/completions" in text
-    for word in (
-        "keydiff",
-        "512",
-        "layers 7, 8, 17, 18, 20, 23: every token",
-        "2,048",
-        "4,096",
-        "8,192",
-    ):
+    for word in ("kvdiff", "512", "layers 7, 18, 23: every token", "2,048", "4,096", "8,192"):
         assert word in text
 
 
 @pytest.mark.parametrize(
     ("options", "skipped"),
     [
-        ([], SKIP_LAYERS),
-        (["--kvcompress-budget=512"], SKIP_LAYERS),
-        (["--kvcompress-keep-ratio=0.1"], SKIP_LAYERS),
-        (["--kvcompress-keep-ratio=0.25"], SKIP_LAYERS_MILD),
+        ([], (7, 18, 23)),
         (["--kvcompress-skip-layers="], ()),
         (["--kvcompress-skip-layers=0,1"], (0, 1)),
         (["--kvcompress-bands", "6"], ()),
@@ -398,14 +387,6 @@ def test_layers_that_the_demo_keeps_whole(
     assert found.settings.skip_layers == skipped
     config = found.values.additional_config["kvcompress"]
     assert tuple(config.get("skip_layers", ())) == skipped
-
-
-def test_method_beside_whole_layers(demo: str) -> None:
-    """Another than where all layers are compressed alike; what the user says counts."""
-    assert command().settings.method == "keydiff"
-    assert command("--kvcompress-skip-layers=").settings.method == "kvdiff"
-    assert command("--kvcompress-method=knorm").settings.method == "knorm"
-    assert command("--kvcompress-method=knorm").settings.skip_layers == SKIP_LAYERS
 
 
 def test_layers_of_a_named_model_are_not_skipped(tmp_path: Path) -> None:

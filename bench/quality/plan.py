@@ -168,7 +168,7 @@ SHORT = Plan(
     lengths={"": (1500,)},
     count=4,
     language_count=3,
-    methods=("keydiff", "kvdiff", "knorm"),
+    methods=("kvdiff", "keydiff", "knorm"),
     flat_methods=("kvdiff", "knorm"),
 )
 """For ``make quality``."""

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.quality.plan import Plan
-from vllm_kvcompress.bands import keep_ratio
-from vllm_kvcompress.bundled import LAYERS, SKIP_LAYERS_MILD, skip_layers
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.serving.announce import uniform_layer_count
 from vllm_kvcompress.serving.command import build_command, inspect_arguments
@@ -34,8 +32,6 @@ class OwnServer:
     method : str
     methods : tuple of str
         What it is asked for.
-    shares : tuple of float
-        Removed.
     whole : float
         Share of its layers that keep every token.
     """
@@ -44,16 +40,15 @@ class OwnServer:
     options: tuple[str, ...]
     method: str
     methods: tuple[str, ...]
-    shares: tuple[float, ...]
     whole: float
 
 
 def own_servers(plan: Plan, model: str, arguments: argparse.Namespace) -> list[OwnServer]:
     """Servers for a plan: of each variant one for all methods that evict, and one per other.
 
-    The bundled model is served as ``serve.py`` does by default, which skips layers, other ones
-    for small shares removed than for large ones; and then, as the variant `FLAT`, with all
-    layers alike. Another model, or options of the user's, are served as they are.
+    The bundled model is served with its own default, which skips layers, and then, as the
+    variant `FLAT`, with all layers alike. Another model, or options of the user's, are served
+    as they are.
 
     Parameters
     ----------
@@ -68,30 +63,15 @@ def own_servers(plan: Plan, model: str, arguments: argparse.Namespace) -> list[O
     list of OwnServer
     """
     given = tuple(shlex.split(arguments.server_options))
-    variants = [(plan.variant, given, plan.methods, plan.shares)]
+    variants = [(plan.variant, given, plan.methods)]
     if not (arguments.model or arguments.variant or given):
-        variants = [
-            *((plan.variant, options, plan.methods, some) for options, some in _defaults(plan)),
-            (FLAT, FLAT_OPTIONS, plan.flat_methods, plan.shares),
-        ]
+        variants.append((FLAT, FLAT_OPTIONS, plan.flat_methods))
     found = []
-    for variant, options, methods, shares in variants:
+    for variant, options, methods in variants:
         whole = whole_share(model, options, bundled=not arguments.model)
         for method, asked in _by_server(methods):
-            found.append(OwnServer(variant, options, method, asked, shares, whole))
+            found.append(OwnServer(variant, options, method, asked, whole))
     return found
-
-
-def _defaults(plan: Plan) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
-    """Options that the bundled model's default stands for, and shares removed with each."""
-    shares: dict[tuple[int, ...], list[float]] = {}
-    for removed in plan.shares:
-        mild = keep_ratio(removed, len(SKIP_LAYERS_MILD) / LAYERS)
-        shares.setdefault(skip_layers(mild), []).append(removed)
-    return [
-        ((f"--kvcompress-skip-layers={','.join(map(str, layers))}",), tuple(some))
-        for layers, some in shares.items()
-    ]
 
 
 def _by_server(methods: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:

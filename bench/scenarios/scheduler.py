@@ -31,13 +31,14 @@ TARGET = 20.0
 LAYERS = 30
 GROUPS: dict[int, dict[str, Any]] = {
     1: {},
-    5: {"skip_layers": list(SKIP_LAYERS)},
+    5: {"skip_layers": list(range(6))},
+    10: {"skip_layers": list(SKIP_LAYERS)},
     6: {"pyramid_beta": 4, "bands": 6},
     15: {"skip_layers": [0, 1]},
     30: {"pyramid_beta": 4, "bands": 30},
 }
 """Settings that lead to so many groups of 30 layers: in 6 and 30 every band has a budget of its
-own, 15 and 5 are one band and the layers that keep every token, 5 as with ``make serve``."""
+own, 5, 10 (as with ``make serve``) and 15 are one band and the layers that keep every token."""
 
 BUDGET, INTERVAL, PROMPT = 1024, 128, 1100
 """The server's defaults, and a prompt that is a bit longer."""
@@ -55,7 +56,7 @@ class SchedulerCost:
         """One case per number of groups, for the scheduler and for attention metadata."""
         groups, requests, steps, rounds = {
             "quick": ((1, 6), (1, 4), 8, 1),
-            "short": ((1, 5, 30), (16, 256), INTERVAL, 2),
+            "short": ((1, 10, 30), (16, 256), INTERVAL, 2),
             "full": (tuple(GROUPS), (1, 4, 16, 64, 256), INTERVAL, 5),
         }[options.effort]
         about = {"requests": requests, "steps": steps, "rounds": options.repeats or rounds}

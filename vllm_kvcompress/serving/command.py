@@ -149,10 +149,7 @@ def build_command(raw: dict[str, Any], rest: Sequence[str], inspected: Inspected
     merged = {**given_settings, **raw}
     one_group = values.disable_hybrid_kv_cache_manager
     if inspected.model is None and not one_group and not LAYER_CHOICES & merged.keys():
-        # Checked first: what it says may be no number.
-        ratio = parse_settings(merged).keep_ratio
-        merged["skip_layers"] = list(bundled.skip_layers(ratio))
-        merged.setdefault("method", bundled.METHOD)
+        merged["skip_layers"] = list(bundled.SKIP_LAYERS)
     settings = parse_settings(merged)
 
     argv = list(rest)
