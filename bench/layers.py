@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.methods import LEFT_OUT, Told, evaluate, read_rows, told
 from bench.quality.tasks import TASKS, prompt_ids
-from vllm_kvcompress.bundled import model_directory
+from vllm_kvcompress.bundled import MODEL_NAME, model_directory
 from vllm_kvcompress.check.__main__ import load
 from vllm_kvcompress.check.attention import own_attention
 from vllm_kvcompress.check.dense import Context, Shape, compress, compute
@@ -99,7 +99,7 @@ def losses(model: Any, items: Sequence[Item], compressed: frozenset[int]) -> dic
 
 
 def next_layer(
-    costs: Mapping[int, float], measure: Callable[[int], float], tries: int = TRIES
+    costs: Mapping[int, float], measure: Callable[[int], float], tries: int
 ) -> tuple[int, dict[int, float]]:
     """The layer that costs least beside those compressed already.
 
@@ -119,40 +119,55 @@ def next_layer(
     dict of int to float
         Costs, those measured now among them.
     """
-    costs, fresh = dict(costs), {}
+    costs = dict(costs)
+    fresh: dict[int, float] = {}
     while len(fresh) < min(tries, len(costs)):
         cheapest = min(costs, key=lambda layer: (costs[layer], layer))
         if cheapest in fresh:
             break
-        # Measured again only once: the next cheapest that was not.
         costs[cheapest] = fresh[cheapest] = measure(cheapest)
     return min(fresh, key=lambda layer: (fresh[layer], layer)), costs
 
 
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """What rows of one run have in common."""
+    model = Path(args.model).name if args.model else MODEL_NAME
+    names = ("method", "keep", "tasks", "count", "tokens", "seed")
+    return {"model": model, **{name: getattr(args, name) for name in names}}
+
+
 def run(model: Any, items: Sequence[Item], rows: Sequence[Mapping[str, Any]], least: int) -> Any:
     """Rows of all steps that are not known yet: first each layer alone, then the greedy steps."""
+    if not items:
+        raise ValueError("the model answers none of these cases with its full cache")
     layers = len(items[0].whole.keys)
     alone = {row["layer"]: row["mean"] for row in rows if row["step"] == 0}
     for layer in range(layers):
         if layer not in alone:
             lost = losses(model, items, frozenset({layer}))
             alone[layer] = fmean(lost.values())
-            yield {"step": 0, "layer": layer, "mean": round(alone[layer], 5), "tasks": lost}
+            yield {"step": 0, "layer": layer, "mean": alone[layer], "tasks": lost}
     steps = sorted((row for row in rows if row["step"]), key=lambda row: row["step"])
     compressed = frozenset(row["layer"] for row in steps)
     mean = steps[-1]["mean"] if steps else 0.0
-    costs = {layer: cost for layer, cost in alone.items() if layer not in compressed}
+    costs = {int(layer): cost for layer, cost in steps[-1]["costs"].items()} if steps else alone
     while len(costs) > least:
 
         def measure(layer: int, beside: frozenset[int] = compressed, now: float = mean) -> float:
             return fmean(losses(model, items, beside | {layer}).values()) - now
 
-        layer, costs = next_layer(costs, measure)
+        layer, costs = next_layer(costs, measure, TRIES)
         del costs[layer]
         compressed |= {layer}
         lost = losses(model, items, compressed)
         mean = fmean(lost.values())
-        yield {"step": len(compressed), "layer": layer, "mean": round(mean, 5), "tasks": lost}
+        yield {
+            "step": len(compressed),
+            "layer": layer,
+            "mean": mean,
+            "tasks": lost,
+            "costs": costs,
+        }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -161,7 +176,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     steps = sorted((row for row in rows if row["step"]), key=lambda row: row["step"])
     tasks = list(alone[0]["tasks"])
     worst = ", ".join(f"{row['layer']} ({row['mean']:.3f})" for row in alone[:12])
+    of = rows[0].get("of", {})
     lines = [
+        ", ".join(f"{name}: {value}" for name, value in of.items()) + ".",
+        "",
         f"Each layer compressed alone costs, nats per answer token: {worst}, ...",
         "",
         "| Whole | Layers left whole | Lost, nats | " + " | ".join(f"`{t}`" for t in tasks) + " |",
@@ -204,12 +222,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not args.rows:
         parser.error("--rows or --table is needed")
+    known = read_rows(args.rows)
+    if any(row["of"] != chosen(args) for row in known):
+        parser.error(f"{args.rows} has rows of other settings: {known[0]['of']}")
     model, tokenizer = load(str(args.model or model_directory()), "float32", "cpu")
     with own_attention(model), args.rows.open("a") as file:
         items = make_items(model, tokenizer, args)
-        for row in run(model, items, read_rows(args.rows), args.least):
-            print(json.dumps(row), file=file, flush=True)
-            print(f"step {row['step']}: layer {row['layer']}, {row['mean']}", file=sys.stderr)
+        for row in run(model, items, known, args.least):
+            print(json.dumps(row | {"of": chosen(args)}), file=file, flush=True)
+            told_of = f"step {row['step']}: layer {row['layer']}, {row['mean']:.4f}"
+            print(told_of, file=sys.stderr, flush=True)
     return 0
 
 

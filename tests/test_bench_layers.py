@@ -33,7 +33,7 @@ def test_layers_are_measured_until_one_stays_cheapest(now, chosen, measured):
         asked.append(layer)
         return now[layer]
 
-    layer, costs = next_layer({0: 0.1, 1: 0.2, 2: 0.3}, measure)
+    layer, costs = next_layer({0: 0.1, 1: 0.2, 2: 0.3}, measure, tries=6)
     assert (layer, len(asked)) == (chosen, measured)
     assert costs == {0: 0.1, 1: 0.2, 2: 0.3} | now
 
@@ -81,7 +81,9 @@ def test_nothing_compressed_costs_nothing_and_everything_what_compress_costs(mod
     assert lost["other"] == pytest.approx(items[2].full - small)
 
 
-def test_steps_are_greedy_and_resume(model):
+@pytest.mark.parametrize("tries", [1, 6])
+def test_steps_are_greedy_and_resume(model, tries, monkeypatch):
+    monkeypatch.setattr("bench.layers.TRIES", tries)
     items = items_of(model)
     rows = list(run(model, items, [], least=1))
     steps = [row for row in rows if row["step"]]
@@ -93,10 +95,10 @@ def test_steps_are_greedy_and_resume(model):
         compressed = frozenset(step["layer"] for step in steps[:count])
         assert row["tasks"] == losses(model, items, compressed)
     # Written and read again, a run goes on with the same steps.
-    known = json.loads(json.dumps(rows[: LAYERS + 1]))
-    assert [row["layer"] for row in run(model, items, known, least=1)] == [
-        row["layer"] for row in steps[1:]
-    ]
+    for there in (2, LAYERS, LAYERS + 1, LAYERS + 2):
+        known = json.loads(json.dumps(rows[:there]))
+        again = json.loads(json.dumps(list(run(model, items, known, least=1))))
+        assert again == json.loads(json.dumps(rows[there:]))
     lines = table(rows).splitlines()
     assert lines[-1].startswith(f"| 1 | {({*range(LAYERS)} - {s['layer'] for s in steps}).pop()} |")
-    assert len(lines) == 4 + len(steps)
+    assert len(lines) == 6 + len(steps)

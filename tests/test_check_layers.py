@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from vllm_kvcompress.bands import MAX_PADDING, group_layout, keep_ratio, plan_bands
 from vllm_kvcompress.check.dense import Shape, compress
 from vllm_kvcompress.check.findings import Findings
-from vllm_kvcompress.check.layers import reachable
 from vllm_kvcompress.check.measure import measure
 from vllm_kvcompress.check.recommend import advise
 from vllm_kvcompress.check.report import as_json, markdown, plot
@@ -214,11 +213,11 @@ def test_keep_ratio_beside_whole_layers():
         assert mean == pytest.approx(1 - removed)
 
 
-def test_shares_out_of_reach_are_those_that_touch_sinks_or_recent():
-    assert reachable(0.85, 3, 30, 1500, Shape(4, 64))  # 83 of 1500
-    assert not reachable(0.85, 3, 30, 1500, Shape(4, 80))
-    assert not reachable(0.9, 3, 30, 1500, Shape(0, 0))
-    assert reachable(0.9, 0, 30, 1500, Shape(4, 64))
+def test_fewer_layers_are_skipped_where_the_others_must_keep_more():
+    losses = losses_of({18: 0.65})
+    assert len(choose_layers(losses, 0.5, least=0.16)) == 12
+    assert len(choose_layers(losses, 0.5, least=0.17)) == 10  # as sinks and recent window may ask
+    assert choose_layers(losses, 0.5, least=0.5) == ()
 
 
 def test_layers_in_words():

@@ -94,7 +94,7 @@ def test_in_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "2 skipped" in done.stdout
+    assert " 2 skipped" in done.stdout
     print(done.stdout.splitlines()[-1])
 
 

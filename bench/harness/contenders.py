@@ -7,7 +7,7 @@ knorm/8                  a flat budget of an eighth of the request's tokens
 knorm@512                a flat budget of 512 tokens
 kvdiff-skip/4            kvdiff; three layers keep everything, as in the bundled model's default,
                          and the others so much that the mean is a quarter
-keydiff-skip/3           keydiff; six of the bundled model's layers keep everything
+keydiff-skip/2           keydiff; twelve of them, as docs/quality.md has it for removing half
 pyramid/4                on average a quarter, the first layers more
 during/4                 flat, and also compressed while the prompt is computed
 merge/4                  pooled instead of evicted
@@ -32,12 +32,15 @@ INTERVAL_SHARE = 1 / 16
 LEAST_BLOCKS = 5
 """Of a compressed layer: sinks, recent window, what is begun, and room to grow."""
 
+HALF_WHOLE = [0, 2, 7, 8, 15, 17, 18, 19, 20, 21, 22, 23]
+"""Layers of the bundled model that are best kept whole where half is removed."""
+
 KINDS: dict[str, dict[str, Any]] = {
     "knorm": {"method": "knorm"},
     "keydiff": {"method": "keydiff"},
     "kvdiff": {"method": "kvdiff"},
     "kvdiff-skip": {"method": "kvdiff", "skip_layers": list(SKIP_LAYERS)},
-    "keydiff-skip": {"method": "keydiff", "skip_layers": [7, 8, 17, 18, 20, 23]},
+    "keydiff-skip": {"method": "keydiff", "skip_layers": HALF_WHOLE},
     "streaming": {"method": "streaming"},
     "pyramid": {"method": "knorm", "pyramid_beta": PYRAMID_BETA, "bands": 6},
     "during": {"method": "knorm", "phase": "during_prefill"},

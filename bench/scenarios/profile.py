@@ -34,8 +34,9 @@ class Profile:
         """One case for each contender and batch."""
         batches, steps = {
             "quick": ((2,), 4),
-            "short": ((2, 14), 30),
-            "full": (BATCHES, 60),
+            # Whole intervals of the contenders, so that each compacts as often as it does.
+            "short": ((2, 14), 32),
+            "full": (BATCHES, 64),
         }[options.effort]
         prompt, output = options.shapes[0] if options.shapes else SHAPE
         return [
@@ -62,29 +63,36 @@ class Profile:
         about = case.parameters
         tokens = about["prompt_tokens"] + about["output_tokens"]
         side = contender(about["method"], tokens)
+        # Half of the output is the mean length of a request that decodes.
+        length = about["prompt_tokens"] + about["output_tokens"] // 2
+        # Prompts begin one by one, and no request may end while steps are timed or profiled.
+        more = 2 * about["steps"] + 8 * about["batch"] + 16
+        longest = length + max(more, about["output_tokens"] // 2)
         engine = make_engine(
             side.settings,
-            Geometry.of(about["model"]).pool_bytes(about["batch"] + 1, tokens),
+            Geometry.of(about["model"]).pool_bytes(about["batch"] + 1, longest),
             model=about["model"],
             kv_cache_dtype=side.cache,
-            max_model_len=tokens + BLOCK_SIZE,
+            max_model_len=longest + BLOCK_SIZE,
         )
         prefilled(engine, about["batch"])
-        # Half of the output is the mean length of a request that decodes.
-        prompts = make_prompts(about["batch"], about["prompt_tokens"] + about["output_tokens"] // 2)
-        steps = _steps(engine, prompts, about["output_tokens"] // 2)
+        prompts = make_prompts(about["batch"], length)
+        steps = _steps(engine, prompts, longest - length)
         clock = _Clock(engine)
         started = time.perf_counter()
         for _ in range(about["steps"]):
             steps()
         seconds = time.perf_counter() - started
         spent = {name: spent / seconds for name, spent in clock.seconds.items()}
+        operators = _operators(steps, about["steps"])
+        if engine.llm_engine.get_num_unfinished_requests() < about["batch"]:
+            raise RuntimeError("requests ended before all steps were taken")
         return {
             **about,
             "settings": side.settings,
             "step_seconds": seconds / about["steps"],
             "shares": spent,
-            "model_shares": _operators(steps, about["steps"]),
+            "operators": operators,
         }
 
     def report(self, results: Results) -> list[str]:
@@ -94,13 +102,14 @@ class Profile:
             "Shares of the wall time of a step: the scheduler, compactions, the model, its "
             "logits, and what is between them (input batches, metadata, sampling, the engine's "
             "loop). "
-            "The model's own share is split by torch's profiler, in further steps.",
+            "Operators are all of a step, by torch's profiler, in further steps: shares of their "
+            "own time.",
             "",
         ]
         rows = list(results.values())
-        kinds = list(dict.fromkeys(kind for row in rows for kind in row["model_shares"]))
+        kinds = list(dict.fromkeys(kind for row in rows for kind in row["operators"]))
         heads = ["", "At once", "Step, ms", "ms per request", "Scheduler", "Compaction"]
-        heads += ["Between", "Logits", "Model", *(f"Model: {kind}" for kind in kinds)]
+        heads += ["Between", "Logits", "Model", *(f"Operators: {kind}" for kind in kinds)]
         return lines + table(
             heads,
             [
@@ -114,10 +123,7 @@ class Profile:
                     f"{1 - sum(row['shares'].values()):.1%}",
                     f"{row['shares']['logits']:.1%}",
                     f"{row['shares']['model']:.0%}",
-                    *(
-                        f"{row['shares']['model'] * row['model_shares'].get(k, 0):.0%}"
-                        for k in kinds
-                    ),
+                    *(f"{row['operators'].get(kind, 0):.0%}" for kind in kinds),
                 ]
                 for row in rows
             ],

@@ -32,8 +32,8 @@ LAYERS = 30
 GROUPS: dict[int, dict[str, Any]] = {
     1: {},
     5: {"skip_layers": list(range(6))},
-    10: {"skip_layers": list(SKIP_LAYERS)},
     6: {"pyramid_beta": 4, "bands": 6},
+    10: {"skip_layers": list(SKIP_LAYERS)},
     15: {"skip_layers": [0, 1]},
     30: {"pyramid_beta": 4, "bands": 30},
 }
@@ -90,7 +90,7 @@ class SchedulerCost:
             f"Means over steps, medians of rounds. `{STOCK}` is vLLM without us, in one group. "
             "Every group has a block table for each request, which is looked at in every step: "
             "what lies above the target with many groups is that work, which takes stock vLLM in "
-            "as many groups several times as long.",
+            "as many groups longer still.",
             *target_lines(
                 [
                     Target(

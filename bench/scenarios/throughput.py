@@ -199,18 +199,23 @@ class Throughput:
         """Throughput against KV bytes for each shape; bars if there is only one pool."""
         shapes: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(dict)
         first: dict[str, int] = {}
+        titles: dict[str, str] = {}
         for rows in grouped(results).values():
             # Batches of other sizes are other lines, and so other plots.
             shape = f"{rows[0]['prompt_tokens']}+{rows[0]['output_tokens']}"
             if first.setdefault(shape, rows[0]["requests"]) != rows[0]["requests"]:
                 shape += f"-{rows[0]['requests']}-requests"
+            titles[shape] = (
+                f"{rows[0]['prompt_tokens']}+{rows[0]['output_tokens']} tokens, "
+                f"{rows[0]['requests']} requests"
+            )
             for method in dict.fromkeys(row["method"] for row in rows):
                 speeds = [r["output_tokens_per_second"] for r in rows if r["method"] == method]
                 point = rows[0]["kv_bytes"] / (1 << 20), statistics.median(speeds)
                 shapes[shape].setdefault(method, []).append(point)
         made = []
         for shape, lines in shapes.items():
-            label, title = "Output tokens per second", f"{shape} tokens"
+            label, title = "Output tokens per second", titles[shape]
             if max(len(points) for points in lines.values()) > 1:
                 path = directory / f"throughput-against-KV-memory-{shape}.png"
                 made.append(line_plot(path, lines, "KV cache, MiB", label, title))

@@ -88,21 +88,6 @@ def tell_compressed(
     tell(model, small, context.tokens, sample, [tallies[label] for label in methods])
 
 
-def reachable(removed: float, skipped: int, num_layers: int, tokens: int, shape: Shape) -> bool:
-    """Whether a share can be removed in the mean over all layers while some stay whole.
-
-    Parameters
-    ----------
-    removed : float
-    skipped, num_layers : int
-    tokens : int
-        Length of the shortest context; the other layers must not fall below what is protected.
-    shape : Shape
-    """
-    least, whole = max(1, shape.sinks + shape.recent), skipped / num_layers
-    return round(keep_ratio(removed, whole) * tokens) >= least
-
-
 def skipping_losses(
     model: Any,
     samples: Sequence[Sample],

@@ -19,11 +19,10 @@ from vllm_kvcompress.check.findings import BASELINES, Findings, Loss
 from vllm_kvcompress.check.layers import (
     Say,
     layer_losses,
-    reachable,
     skipping_losses,
     tell_compressed,
 )
-from vllm_kvcompress.check.skip import choose_layers
+from vllm_kvcompress.check.skip import OTHERS_KEEP, choose_layers
 from vllm_kvcompress.check.tally import Tally, against, tell
 from vllm_kvcompress.check.texts import Sample
 from vllm_kvcompress.methods import Method
@@ -146,12 +145,9 @@ def measure(
         if best is not None:
             alone = layer_losses(model, samples, methods[best], shape, full, say)
             shortest = min(len(sample.context) for sample in samples)
-            chosen = {share: choose_layers(alone, share) for share in shares}
-            skip = {
-                share: layers
-                for share, layers in chosen.items()
-                if layers and reachable(share, len(layers), len(alone), shortest, shape)
-            }
+            least = max(OTHERS_KEEP, (shape.sinks + shape.recent) / shortest)
+            chosen = {share: choose_layers(alone, share, least) for share in shares}
+            skip = {share: layers for share, layers in chosen.items() if layers}
         if skip:
             losses += skipping_losses(model, samples, methods, skip, shape, len(alone), full, say)
     return Findings(

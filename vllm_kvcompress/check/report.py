@@ -11,7 +11,7 @@ from typing import Any
 from vllm_kvcompress.check.findings import Findings
 from vllm_kvcompress.check.layers import LAYER_REMOVED
 from vllm_kvcompress.check.recommend import Advice
-from vllm_kvcompress.check.skip import MAX_GROUPS, named, sensitive_layers
+from vllm_kvcompress.check.skip import MAX_GROUPS, OTHERS_KEEP, named, sensitive_layers
 
 WORST = 5
 """Layers that are named with their losses."""
@@ -82,7 +82,7 @@ def _layers(findings: Findings) -> list[str]:
     told += (
         "Where layers are skipped, some keep every token and the others fewer, so that the mean "
         f"over all layers is the share removed: {skipped}. A share is out of reach where the "
-        "others would keep next to nothing."
+        f"others would keep less than {OTHERS_KEEP:.0%}, or than the first and last tokens."
     )
     return [told, ""]
 
@@ -94,8 +94,8 @@ def _none_skipped(losses: Sequence[float]) -> str:
     words, lose = named(sensitive).capitalize(), "loses" if len(sensitive) == 1 else "lose"
     return (
         f"{words} {lose} far more, but no number of {len(losses)} layers can be skipped at these "
-        f"shares without more than {MAX_GROUPS} KV cache groups, or leaving the others next to "
-        "nothing."
+        f"shares without more than {MAX_GROUPS} KV cache groups, or leaving the others less than "
+        f"{OTHERS_KEEP:.0%}."
     )
 
 
