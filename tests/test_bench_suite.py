@@ -162,6 +162,58 @@ def test_reports_bear_missing_cases(tmp_path: Path) -> None:
         assert scenario(name).plots({}, tmp_path) == []
 
 
+def test_idle_is_the_mean_of_both_orders() -> None:
+    """An engine that is made second is slower by itself: 1.04 and 1 / 1.04 make 1."""
+    about = {"batch": 2, "prompt_tokens": 64, "output_tokens": 8, "rounds": 1}
+    on = "on, no request long enough"
+
+    def case(base: str, own: str, ratio: float) -> dict[str, Any]:
+        steps = {base: 0.05, own: 0.05}
+        return {**about, "base": base, "step_seconds": steps, "step_ratios": {own: [ratio]}}
+
+    results = {
+        "idle": case("not installed", "installed", 1.02),
+        "on, made second": case("installed", on, 1.04),
+        "on, made first": case("installed", on, 1 / 1.04),
+    }
+    text = "\n".join(Overhead().report(results))
+    assert "| idle: installed | 0.99 to 1.01 | 1.02 | no |" in text
+    assert f"| idle: {on} | 0.99 to 1.01 | 1 | yes |" in text
+    assert "| `installed` | 50.00 | 1 |" in text and f"| `{on}` | 50.00 | 1.04 |" in text
+    del results["on, made first"]  # one order alone says nothing
+    assert f"idle: {on}" not in "\n".join(Overhead().report(results))
+
+
+def test_profile_reports_shares_of_steps_and_of_operators() -> None:
+    row = {
+        "method": "knorm/8",
+        "batch": 4,
+        "step_seconds": 0.04,
+        "shares": {"scheduler": 0.01, "compaction": 0.02, "model": 0.8, "logits": 0.1},
+        "operators": {"attention": 0.25, "linear layers": 0.75},
+    }
+    text = "\n".join(scenario("profile").report({"one": row}))
+    assert "| `knorm/8` | 4 | 40.0 | 10.0 | 1.0% | 2.0% | 7.0% | 10.0% | 80% | 25% | 75% |" in text
+
+
+def test_batches_of_other_sizes_are_plots_of_their_own(tmp_path: Path) -> None:
+    rows = throughput_results()
+    more = {
+        f"{key}, more": row | {"requests": 28, "group": "m"}
+        for key, row in rows.items()
+        if row["prompt_tokens"] == 1000
+    }
+    names = {plot.name for plot in Throughput().plots(rows | more, tmp_path)}
+    assert {"throughput-1000+1000.png", "throughput-1000+1000-28-requests.png"} <= names
+
+
+@pytest.mark.parametrize("name", ["throughput", "serving"])
+def test_requests_may_be_chosen(name: str) -> None:
+    cases = scenario(name).cases(Options("quick", requests=7))
+    assert {case.parameters["requests"] for case in cases} == {7}
+    assert all("7 requests" in case.key for case in cases)
+
+
 def test_latency_reports_its_target(tmp_path: Path) -> None:
     results = {
         case.key: {
