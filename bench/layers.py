@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.methods import LEFT_OUT, Told, evaluate, read_rows, told
+from bench.methods import LEFT_OUT, Told, evaluate, read_rows, rows_parser, told
 from bench.quality.tasks import TASKS, prompt_ids
 from vllm_kvcompress.bundled import MODEL_NAME, model_directory
 from vllm_kvcompress.check.__main__ import load
@@ -199,22 +199,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, or print a table."""
-    summary, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.layers",
-        description=summary,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default=None, help="directory or name (default: bundled)")
-    parser.add_argument("--rows", type=Path, help="file to which rows are added")
+    parser = rows_parser("python -m bench.layers", __doc__ or "")
     parser.add_argument("--table", type=Path, help="print a table of a file instead")
     parser.add_argument("--method", choices=list(METHODS), default=parse_settings({}).method)
     parser.add_argument("--keep", type=float, default=0.1, help="share that a layer keeps")
     parser.add_argument("--least", type=int, default=3, help="stop with so many layers whole")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(USUAL))
     parser.add_argument("--count", type=int, default=3, help="cases of each task")
-    parser.add_argument("--tokens", type=int, default=1500, help="of a context")
     parser.add_argument("--seed", type=int, default=1200)
     args = parser.parse_args(arguments)
     if args.table:

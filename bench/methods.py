@@ -238,24 +238,30 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, or print a table."""
-    summary, _, more = (__doc__ or "").partition("\n\n")
+def rows_parser(prog: str, doc: str) -> argparse.ArgumentParser:
+    """Parser of a command that adds rows of dense cases to a file."""
+    summary, _, more = doc.partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m bench.methods",
+        prog=prog,
         description=summary,
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    usual = [task for task in TASKS if task not in LEFT_OUT]
     parser.add_argument("--model", default=None, help="directory or name (default: bundled)")
     parser.add_argument("--rows", type=Path, help="file to which rows are added")
+    parser.add_argument("--tokens", type=int, default=1500, help="of a context")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, or print a table."""
+    parser = rows_parser("python -m bench.methods", __doc__ or "")
+    usual = [task for task in TASKS if task not in LEFT_OUT]
     parser.add_argument("--table", type=Path, nargs="+", help="print a table of files instead")
     parser.add_argument("--contenders", nargs="+", default=list(METHODS))
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=usual)
     parser.add_argument("--count", type=int, default=4, help="cases of each task")
-    parser.add_argument("--tokens", type=int, default=1500, help="of a context")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.table:

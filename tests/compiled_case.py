@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from page_cases import TYPES
 
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.cpu.band import CompiledBandPages
@@ -15,13 +16,6 @@ from vllm_kvcompress.worker.pages import LayerPages
 from vllm_kvcompress.worker.setup import band_pages
 
 LAYERS, BLOCKS, HEADS, DIM = 3, 11, 2, 16
-TYPES = {
-    "float32": (torch.float32, "auto"),
-    "bfloat16": (torch.bfloat16, "auto"),
-    "float16": (torch.float16, "auto"),
-    "fp8_e4m3": (torch.uint8, "fp8"),
-    "fp8_e5m2": (torch.uint8, "fp8_e5m2"),
-}
 
 
 class Layout(NamedTuple):

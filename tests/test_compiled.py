@@ -9,15 +9,15 @@ import numba
 import numpy as np
 import pytest
 import torch
-from compiled_case import BLOCKS, DIM, HEADS, LAYERS, LAYOUTS, TYPES, Case
+from compiled_case import BLOCKS, DIM, HEADS, LAYERS, LAYOUTS, Case
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from page_cases import TYPES, ranked_plan
 
 from vllm_kvcompress.levels import Round, fewest_blocks, plan_merges
 from vllm_kvcompress.methods import METHODS, POOLINGS, Method, ScoreContext, select_tokens
 from vllm_kvcompress.methods.knorm import KNorm
 from vllm_kvcompress.methods.pooling import Rotation
-from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.compactor import Compactor
 from vllm_kvcompress.worker.cpu.band import CompiledBandPages, merges_of
@@ -249,26 +249,7 @@ def test_merges_what_ranking_leaves(
 ) -> None:
     case = Case(type_name, LAYOUTS["cpu"])
     rotation = rotation if pooling.needs_rotation else None
-    # Two of seven blocks merge whole, one is kept of the others: six merge into three.
-    merges = plan_merges([6], 3)
-    plan = CompactionPlan(
-        request_id="",
-        group=0,
-        position=900,
-        sources=[4, 7, 1, 9, 5, 6, 8],
-        destinations=destinations,
-        row_start=0,
-        row_ids=[],
-        holes=0,
-        removed=3,
-        method="knorm+merge",
-        sinks=3,
-        pooled=2,
-        rounds=merges.rounds,
-        outputs=merges.order,
-        exact=3,
-        end=900,
-    )
+    plan = ranked_plan(destinations)
     centres = torch.rand(LAYERS, BLOCKS, HEADS, case.size).cumsum(-1) * 30
     written, chosen = [], []
     for pages in (case.compiled, case.torch):

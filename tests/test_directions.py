@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compiled_case import DIM, HEADS, LAYERS, LAYOUTS, TYPES, Case
+from compiled_case import DIM, HEADS, LAYERS, LAYOUTS, Case
+from page_cases import TYPES
 
 from vllm_kvcompress.methods import METHODS, ScoreContext
 from vllm_kvcompress.methods.kvdiff import KVDiff

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 from gpu_path.harness import HERE, REPOSITORY, V2_TRITON
+from page_cases import TYPES, ranked_plan
 
-from vllm_kvcompress.levels import plan_merges
 from vllm_kvcompress.methods import METHODS, POOLINGS, ScoreContext, select_tokens
 from vllm_kvcompress.methods.knorm import KNorm
 from vllm_kvcompress.methods.pooling import Rotation
-from vllm_kvcompress.scheduler.plan import CompactionPlan
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.compactor import Compactor
 from vllm_kvcompress.worker.merger import Merger
@@ -30,7 +29,7 @@ from vllm_kvcompress.worker.setup import band_pages
 IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 if IN_INTERPRETER:
-    from triton_case import BLOCKS, HEADS, LAYERS, LAYOUTS, TYPES, Case
+    from triton_case import BLOCKS, HEADS, LAYERS, LAYOUTS, Case
 
     from vllm_kvcompress.worker.gpu import band as band_module
     from vllm_kvcompress.worker.gpu import kernels
@@ -253,25 +252,7 @@ def test_launches_do_not_grow_with_layers(
 def test_merges_what_ranking_leaves(pooling: str) -> None:
     """Ranking and moving are the kernels', pooling is torch's."""
     case = Case("float32", "BLHNC")
-    merges = plan_merges([6], 3)
-    plan = CompactionPlan(
-        request_id="",
-        group=0,
-        position=900,
-        sources=[4, 7, 1, 9, 5, 6, 8],
-        destinations=[4, 7, 1, 2],
-        row_start=0,
-        row_ids=[],
-        holes=0,
-        removed=3,
-        method="knorm+merge",
-        sinks=3,
-        pooled=2,
-        rounds=merges.rounds,
-        outputs=merges.order,
-        exact=3,
-        end=900,
-    )
+    plan = ranked_plan([4, 7, 1, 2])
     kind = POOLINGS[pooling]
     rotation = Rotation(1000.0 ** (-torch.arange(0, 32, 2) / 32)) if kind.needs_rotation else None
     chosen = []

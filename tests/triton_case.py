@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from page_cases import TYPES
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvcompress.worker.band import BandPages
@@ -15,13 +16,6 @@ from vllm_kvcompress.worker.layout import FP8_DTYPES
 from vllm_kvcompress.worker.pages import LayerPages
 
 LAYERS, BLOCKS, HEADS = 2, 11, 2
-TYPES = {
-    "float32": (torch.float32, "auto"),
-    "bfloat16": (torch.bfloat16, "auto"),
-    "float16": (torch.float16, "auto"),
-    "fp8_e4m3": (torch.uint8, "fp8"),
-    "fp8_e5m2": (torch.uint8, "fp8_e5m2"),
-}
 LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "padded", "halves")
 """vLLM's layouts; pages with room at their end; pages with all keys before all values."""
 

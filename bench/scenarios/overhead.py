@@ -18,9 +18,6 @@ ON = "on, no request long enough"
 ON_FIRST = {"on, made second": False, "on, made first": True}
 """Cases that compare being on with being installed only, and which engine is made first."""
 
-BASE = dict.fromkeys(ON_FIRST, "installed")
-"""What the others of a case are compared with; its first engine unless named."""
-
 
 class Overhead:
     """Time of a decoding step against stock vLLM's, when nothing is compressed."""
@@ -59,7 +56,7 @@ class Overhead:
         for engine in engines.values():
             prefilled(engine, about["batch"])
         in_turn(engines, prompts, 4)
-        base = BASE.get(about["kind"], next(iter(engines)))
+        base = "installed" if about["kind"] in ON_FIRST else next(iter(engines))
         ratios: dict[str, list[float]] = {name: [] for name in engines}
         steps: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(about["rounds"]):
