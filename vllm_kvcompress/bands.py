@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
+from vllm_kvcompress.heads import whole_layers
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.settings import Settings, SettingsError
 
@@ -166,6 +167,7 @@ def plan_bands(
     eligible: Sequence[int] | None = None,
     other_groups: Sequence[int] = (),
     longest: int = 0,
+    kv_heads: int = 1,
 ) -> list[Band]:
     """Split the layers into bands and give each its budget.
 
@@ -183,12 +185,14 @@ def plan_bands(
         vLLM groups at the same width.
     longest : int
         Longest request in tokens, where it is known: merging needs room for it.
+    kv_heads : int
+        KV heads of a layer; matters to ``skip_heads`` only.
 
     Returns
     -------
     list of Band
-        Bands from the first layers to the last; skipped layers, if any, come as a last
-        band with index -1.
+        Bands from the first layers to the last; layers whose pages keep every token, if any,
+        come as a last band with index -1.
 
     Raises
     ------
@@ -203,11 +207,13 @@ def plan_bands(
             f"the model has layers 0 to {num_layers - 1}."
         )
     candidates = range(num_layers) if eligible is None else eligible
-    layers = [layer for layer in candidates if layer not in settings.skip_layers]
-    kept_whole = tuple(layer for layer in candidates if layer in settings.skip_layers)
+    whole = whole_layers(settings, num_layers, kv_heads)
+    layers = [layer for layer in candidates if layer not in whole]
+    kept_whole = tuple(layer for layer in candidates if layer in whole)
     if not layers:
         raise SettingsError(
-            f"kvcompress: skip_layers={list(settings.skip_layers)} is not allowed: it names "
+            f"kvcompress: skip_layers={list(settings.skip_layers)} is not allowed: "
+            f"{'with skip_heads ' if settings.skip_heads else ''}it names "
             "every layer, so nothing would be compressed; use method=none for stock vLLM."
         )
     skipped = len(kept_whole)
@@ -241,7 +247,7 @@ def keep_ratio(removed: float, whole: float) -> float:
 
 
 def largest_limits(
-    settings: Settings, num_layers: int, block_size: int, longest: int
+    settings: Settings, num_layers: int, block_size: int, longest: int, kv_heads: int = 1
 ) -> dict[int, Limits | None]:
     """Limits of the largest budget that a request may ask for, by band; empty if none is set.
 
@@ -249,7 +255,7 @@ def largest_limits(
     ----------
     settings : Settings
         The server's.
-    num_layers, block_size, longest : int
+    num_layers, block_size, longest, kv_heads : int
         As for :func:`plan_bands`.
 
     Raises
@@ -261,7 +267,7 @@ def largest_limits(
         return {}
     changed = settings.model_copy(update={"budget": settings.max_budget, "keep_ratio": None})
     try:
-        bands = plan_bands(changed, num_layers, block_size, longest=longest)
+        bands = plan_bands(changed, num_layers, block_size, longest=longest, kv_heads=kv_heads)
     except SettingsError as error:
         reason = str(error).removeprefix("kvcompress: ")
         raise SettingsError(

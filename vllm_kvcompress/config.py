@@ -121,8 +121,15 @@ def _check_bands(config: VllmConfig, settings: Settings) -> None:
         return  # The worker refuses, once it has seen the layers themselves.
     block_size = config.cache_config.block_size
     num_layers = config.model_config.get_num_layers(config.parallel_config)
-    bands = plan_bands(settings, num_layers, block_size, longest=config.model_config.max_model_len)
-    largest_limits(settings, num_layers, block_size, config.model_config.max_model_len)
+    longest = config.model_config.max_model_len
+    kv_heads = config.model_config.get_total_num_kv_heads()
+    if settings.skip_heads and config.parallel_config.tensor_parallel_size > 1:
+        raise SettingsError(
+            "kvcompress: skip_heads cannot be combined with tensor parallelism yet: heads change "
+            "places, and those of other ranks are out of reach; use skip_layers."
+        )
+    bands = plan_bands(settings, num_layers, block_size, longest=longest, kv_heads=kv_heads)
+    largest_limits(settings, num_layers, block_size, longest, kv_heads)
     if len(bands) > 1 and config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise SettingsError(
             f"kvcompress: {len(bands)} bands need a KV cache group each, which "

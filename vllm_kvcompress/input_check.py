@@ -147,6 +147,7 @@ def _check(keys: dict[str, Any], prompt_tokens: int, max_tokens: int, config: Vl
         config.model_config.get_num_layers(config.parallel_config),
         config.cache_config.block_size,
         config.model_config.max_model_len,
+        config.model_config.get_total_num_kv_heads(),
     )
     trajectory = schedules.trajectory(prompt_tokens, keys)
     # Elsewhere the pool holds the longest request whole, or the engine would not have started.
@@ -179,9 +180,9 @@ def blocks_of_an_engine(config: VllmConfig) -> int | None:
 
 @functools.lru_cache(maxsize=8)
 def _schedules(
-    settings: Settings, num_layers: int, block_size: int, max_model_len: int
+    settings: Settings, num_layers: int, block_size: int, max_model_len: int, kv_heads: int
 ) -> RequestSchedules:
-    bands = plan_bands(settings, num_layers, block_size, longest=max_model_len)
+    bands = plan_bands(settings, num_layers, block_size, longest=max_model_len, kv_heads=kv_heads)
     width, _, _ = group_layout([len(band.layers) for band in bands])
     of_groups = [band.index for band in bands for _ in range(-(-len(band.layers) // width))]
-    return RequestSchedules(settings, of_groups, num_layers, block_size, max_model_len)
+    return RequestSchedules(settings, of_groups, num_layers, block_size, max_model_len, kv_heads)

@@ -70,6 +70,11 @@ class Settings(BaseModel):
     skip_layers: tuple[int, ...] = Field(
         (), description="Layers that keep every token, by index from 0."
     )
+    skip_heads: tuple[tuple[int, int], ...] = Field(
+        (),
+        description="KV heads that keep every token, as LAYER:HEAD,LAYER:HEAD,...; they change "
+        "places with other heads, so that pages of their own hold them.",
+    )
     pyramid_beta: float = Field(
         1.0,
         gt=0,
@@ -129,6 +134,22 @@ class Settings(BaseModel):
             raise ValueError("a layer is named twice")
         return tuple(sorted(value))
 
+    @field_validator("skip_heads", mode="before")
+    @classmethod
+    def _heads_as_pairs(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part for part in value.split(",") if part.strip()]
+        return tuple(map(_head, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("skip_heads")
+    @classmethod
+    def _heads_sorted_once(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if any(layer < 0 or head < 0 for layer, head in value):
+            raise ValueError("layers and heads count from 0 and cannot be negative")
+        if len(set(value)) != len(value):
+            raise ValueError("a head is named twice")
+        return tuple(sorted(value))
+
     @model_validator(mode="after")
     def _not_contradictory(self) -> Settings:
         if self.budget is not None and self.keep_ratio is not None:
@@ -179,6 +200,16 @@ class Settings(BaseModel):
     def methods(self) -> tuple[str, ...]:
         """Methods that a request may ask for: what merges needs more than its name."""
         return (*METHODS, *([self.method] if self.method in MERGING else []))
+
+
+def _head(value: Any) -> Any:
+    """``"7:2"`` as ``(7, 2)``; what is no text is left to the model to refuse."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    layer, colon, head = value.strip().partition(":")
+    if not (colon and layer.isdecimal() and head.isdecimal()):
+        raise ValueError(f"a head is named LAYER:HEAD, as 7:2, not {value!r}")
+    return int(layer), int(head)
 
 
 def parse_settings(raw: Any) -> Settings:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from bench.quality.plan import Plan
 from vllm_kvcompress.methods import MERGING
-from vllm_kvcompress.serving.announce import uniform_layer_count
+from vllm_kvcompress.serving.announce import uniform_layers
 from vllm_kvcompress.serving.command import build_command, inspect_arguments
 from vllm_kvcompress.serving.options import split_arguments
 
 FLAT = "flat"
 """Variant in which all layers of the bundled model are compressed alike."""
 
-FLAT_OPTIONS = ("--kvcompress-skip-layers=",)
+FLAT_OPTIONS = ("--kvcompress-skip-heads=",)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OwnServer:
     methods : tuple of str
         What it is asked for.
     whole : float
-        Share of its layers that keep every token.
+        Share of its cache that keeps every token.
     """
 
     variant: str
@@ -82,10 +82,14 @@ def _by_server(methods: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def whole_share(model: str, options: Sequence[str], bundled: bool) -> float:
-    """Share of the layers that keep every token, as ``serve.py`` will have it."""
+    """Share of the cache that keeps every token, as ``serve.py`` will have it."""
     ours, rest = split_arguments(options)
     named = [] if bundled else [model]
     settings = build_command(ours, [*named, *rest], inspect_arguments([*named, *rest])).settings
-    skipped = len(settings.skip_layers)
-    layers = uniform_layer_count(model) if skipped else None
-    return skipped / layers if layers else 0.0
+    if not (settings.skip_layers or settings.skip_heads):
+        return 0.0
+    layers = uniform_layers(model)
+    if layers is None:
+        return 0.0
+    skipped = len(settings.skip_layers) + len(settings.skip_heads) / layers.kv_heads
+    return skipped / layers.count

@@ -7,6 +7,7 @@ Upstream plan: none yet; vLLM would need "holes" as a notion of its block tables
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_kvcompress.attention.heads import BY_HEADS
 from vllm_kvcompress.attention.holes import HoleCounts
 
 
@@ -52,6 +54,9 @@ class CompressedAttentionGroup(AttentionGroup):
     """
 
     holes: HoleCounts
+    by_heads: Mapping[int, Any] = {}
+    """Builders for layers that have some of their heads in this group's pages."""
+
     _last_parts: Parts | None = None
 
     @classmethod
@@ -90,9 +95,15 @@ class CompressedAttentionGroup(AttentionGroup):
         **kwargs: Any,
     ) -> Any:
         """Build the backend's metadata from rows without holes."""
-        return super().build_metadata(
-            self._without_holes(common_attn_metadata), ubatch_idx, common_prefix_len, **kwargs
-        )
+        seen = self._without_holes(common_attn_metadata)
+        metadata = super().build_metadata(seen, ubatch_idx, common_prefix_len, **kwargs)
+        if self.by_heads:
+            parts = {
+                heads: builder.build(common_prefix_len, seen, **kwargs)
+                for heads, builder in self.by_heads.items()
+            }
+            setattr(metadata, BY_HEADS, parts)
+        return metadata
 
     def build_metadata_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata, ubatch_idx: int = 0

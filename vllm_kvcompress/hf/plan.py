@@ -165,6 +165,11 @@ def check_method(settings: Settings) -> None:
     ------
     SettingsError
     """
+    if settings.skip_heads:
+        raise SettingsError(
+            "kvcompress: skip_heads is not supported in transformers caches; use it in vLLM, or "
+            "skip_layers here."
+        )
     if settings.method in UNSUPPORTED:
         raise SettingsError(
             f"kvcompress: method={settings.method} is not supported in transformers caches; "

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_kvcompress.bands import Limits, plan_bands
+from vllm_kvcompress.bands import Band, Limits, plan_bands
 from vllm_kvcompress.request import PREFIX, asked, refusal
 from vllm_kvcompress.scheduler.schedule import Schedule
 from vllm_kvcompress.scheduler.trajectory import Trajectory
@@ -26,8 +26,8 @@ class RequestSchedules:
         The server's.
     bands : sequence of int
         Band of each KV cache group; -1 for groups that keep every token.
-    num_layers, block_size, max_model_len : int
-        Of the model and the engine.
+    num_layers, block_size, max_model_len, kv_heads : int
+        Of the model and the engine; KV heads are those of a layer.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class RequestSchedules:
         num_layers: int,
         block_size: int,
         max_model_len: int,
+        kv_heads: int = 1,
     ) -> None:
         self.server = server
         self.bands = tuple(bands)
         self.num_layers = num_layers
         self.block_size = block_size
         self.max_model_len = max_model_len
+        self.kv_heads = kv_heads
         self.schedule = functools.lru_cache(maxsize=DISTINCT)(self._schedule)
 
     def trajectory(self, prompt_tokens: int, extra_args: Any) -> Trajectory:
@@ -82,9 +84,7 @@ class RequestSchedules:
 
     def _limits(self, settings: Settings) -> dict[int, Limits | None]:
         try:
-            bands = plan_bands(
-                settings, self.num_layers, self.block_size, longest=self.max_model_len
-            )
+            bands = self._bands(settings)
         except SettingsError:
             # Bands and skipped layers are the server's, which started: it is the budget.
             raise refusal(
@@ -107,7 +107,16 @@ class RequestSchedules:
     def _has_room(self, settings: Settings, blocks: int) -> bool:
         budget = settings.model_copy(update={"budget": blocks * self.block_size})
         try:
-            plan_bands(budget, self.num_layers, self.block_size, longest=self.max_model_len)
+            self._bands(budget)
         except SettingsError:
             return False
         return True
+
+    def _bands(self, settings: Settings) -> list[Band]:
+        return plan_bands(
+            settings,
+            self.num_layers,
+            self.block_size,
+            longest=self.max_model_len,
+            kv_heads=self.kv_heads,
+        )

@@ -54,6 +54,7 @@ class KVCompressSchedulerMixin(Scheduler):
             self.vllm_config.model_config.get_num_layers(self.vllm_config.parallel_config),
             self.block_size,
             self.max_model_len,
+            self.vllm_config.model_config.get_total_num_kv_heads(),
         )
         self.kvcompress_accounts = self.kvcompress.accounts = Accounts(
             settings,

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_kvcompress import bundled
 from vllm_kvcompress.serving.command import Command
@@ -77,8 +77,8 @@ def describe_compression(command: Command) -> str:
     """
     if not command.settings.enabled:
         return "Compression is off: stock vLLM."
-    num_layers = uniform_layer_count(command.model)
-    if num_layers is None:
+    layers = uniform_layers(command.model)
+    if layers is None:
         return "What is compressed depends on the model's layers; vLLM's start-up log will say."
     from vllm.config import CacheConfig
 
@@ -86,11 +86,18 @@ def describe_compression(command: Command) -> str:
     from vllm_kvcompress.serving.summary import describe
 
     block_size = default_block_size(command.values.block_size) or CacheConfig.DEFAULT_BLOCK_SIZE
-    return describe(command.settings, num_layers, block_size)
+    return describe(command.settings, layers.count, block_size, layers.kv_heads)
 
 
-def uniform_layer_count(model: str) -> int | None:
-    """Return the number of layers of a model on this machine.
+class Layers(NamedTuple):
+    """Layers of a model and the KV heads of each."""
+
+    count: int
+    kv_heads: int
+
+
+def uniform_layers(model: str) -> Layers | None:
+    """Return the number of layers and KV heads of a model on this machine.
 
     Parameters
     ----------
@@ -99,7 +106,7 @@ def uniform_layer_count(model: str) -> int | None:
 
     Returns
     -------
-    int or None
+    Layers or None
         ``None`` when its configuration is not here or its layers are not all plain full
         attention, so that only the running engine knows which can be compressed.
     """
@@ -114,7 +121,9 @@ def uniform_layer_count(model: str) -> int | None:
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(text, "sliding_window", None):
         return None
-    return getattr(text, "num_hidden_layers", None)
+    count = getattr(text, "num_hidden_layers", None)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    return None if count is None else Layers(count, heads)
 
 
 def example_request(command: Command, url: str, name: str) -> str:

@@ -79,6 +79,8 @@ def _converter(annotation: Any) -> Callable[[str], Any]:
     So there is one place, and one sentence, that says what a setting must look like.
     """
     origin = get_origin(annotation)
+    if origin is tuple and get_origin(get_args(annotation)[0]) is tuple:
+        return str  # "LAYER:HEAD,...", read where the settings are.
     if origin is tuple:
         return lambda text: [_read(int, part) for part in text.split(",") if part.strip()]
     if origin is Literal:
@@ -102,7 +104,9 @@ def _read(kind: type, text: str) -> Any:
 def _metavar(name: str, annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "{" + ",".join(get_args(annotation)) + "}"
-    return "N,N,..." if get_origin(annotation) is tuple else name.upper()
+    if get_origin(annotation) is tuple:
+        return "L:H,L:H,..." if get_origin(get_args(annotation)[0]) is tuple else "N,N,..."
+    return name.upper()
 
 
 def _help_text(description: str, default: Any) -> str:

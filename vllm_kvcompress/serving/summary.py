@@ -37,7 +37,7 @@ def share_freed(bands: list[Band], settings: Settings, block_size: int, tokens: 
     return 1 - held / whole
 
 
-def describe(settings: Settings, num_layers: int, block_size: int) -> str:
+def describe(settings: Settings, num_layers: int, block_size: int, kv_heads: int = 1) -> str:
     """Say what will be compressed and how much memory that frees.
 
     Parameters
@@ -47,6 +47,8 @@ def describe(settings: Settings, num_layers: int, block_size: int) -> str:
         Layers of the model, all of them full attention.
     block_size : int
         Tokens per block.
+    kv_heads : int
+        KV heads of a layer.
 
     Returns
     -------
@@ -60,7 +62,7 @@ def describe(settings: Settings, num_layers: int, block_size: int) -> str:
     """
     if not settings.enabled:
         return "KV cache compression is off (method none): this is stock vLLM."
-    bands = plan_bands(settings, num_layers, block_size)
+    bands = plan_bands(settings, num_layers, block_size, kv_heads=kv_heads)
     when = {
         "after_prefill": "at the end of the prompt",
         "during_prefill": f"every {settings.interval} prompt tokens",
@@ -73,7 +75,7 @@ def describe(settings: Settings, num_layers: int, block_size: int) -> str:
     for band in bands:
         name = f"  layers {band.layers[0]}-{band.layers[-1]}"
         if band.limits is None:
-            lines.append(f"  layers {', '.join(map(str, band.layers))}: every token")
+            lines += _whole(settings)
         elif band.limits.budget is not None:
             lines.append(f"{name}: {band.limits.budget} tokens per request")
         else:
@@ -85,3 +87,14 @@ def describe(settings: Settings, num_layers: int, block_size: int) -> str:
         )
         lines.append(f"  memory freed by prompt length in tokens: {freed}")
     return "\n".join(lines)
+
+
+def _whole(settings: Settings) -> list[str]:
+    """What keeps every token, as the user named it."""
+    lines = []
+    if settings.skip_layers:
+        lines.append(f"  layers {', '.join(map(str, settings.skip_layers))}: every token")
+    if settings.skip_heads:
+        heads = ", ".join(f"{layer}:{head}" for layer, head in settings.skip_heads)
+        lines.append(f"  KV heads {heads}: every token")
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
+from vllm_kvcompress.attention.heads import Place, builders_by_heads, place
 from vllm_kvcompress.attention.holes import HoleCounts
 from vllm_kvcompress.bands import largest_limits, plan_bands
+from vllm_kvcompress.heads import places
 from vllm_kvcompress.methods import MERGING, METHODS, POOLINGS
 from vllm_kvcompress.methods.pooling import Rotation
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
@@ -75,8 +78,11 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
     num_layers = config.model_config.get_num_layers(config.parallel_config)
     block_size = next(iter(specs.values())).block_size
     longest = config.model_config.max_model_len
-    bands = plan_bands(settings, num_layers, block_size, sorted(eligible), longest=longest)
-    largest = largest_limits(settings, num_layers, block_size, longest)
+    kv_heads = config.model_config.get_total_num_kv_heads()
+    bands = plan_bands(
+        settings, num_layers, block_size, sorted(eligible), longest=longest, kv_heads=kv_heads
+    )
+    largest = largest_limits(settings, num_layers, block_size, longest, kv_heads)
     result = dict(specs)
     for band in bands:
         for layer in band.layers:
@@ -164,6 +170,7 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
             )
         groups[index] = band_pages(of_group)
         names += group.layer_names
+    _place_heads(runner, settings)
     pages = next(iter(groups.values()))
     _, heads, dim = pages.shape
     total = config.model_config.get_total_num_kv_heads()
@@ -179,6 +186,31 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     pooling = None if compactor.merger is None else compactor.merger.pooling
     pages.warm_up(pooling, rotation, ranked=MERGING.get(settings.method) is not None)
     return WorkerState(compactor, holes)
+
+
+def _place_heads(runner: Any, settings: Settings) -> None:
+    """Make layers find their heads where ``skip_heads`` puts them.
+
+    After the pages were learned: that writes all heads of a layer into its own.
+    """
+    config: VllmConfig = runner.vllm_config
+    layers = config.compilation_config.static_forward_context
+    groups = {
+        name: group for part in runner.attn_groups for group in part for name in group.layer_names
+    }
+    names = {extract_layer_index(name): name for name in groups}
+    kv_heads = config.model_config.get_total_num_kv_heads()
+    counts: dict[int, set[int]] = defaultdict(set)
+    for index, parts in places(settings, len(names), kv_heads).items():
+        layer = layers[names[index]]
+        size = layer.num_heads // layer.num_kv_heads
+        device = layer.kv_cache.device
+        place(layer, [Place(names[p.layer], p.first, p.heads, size, device) for p in parts])
+        for part in parts:
+            counts[id(groups[names[part.layer]])].add(len(part.heads))
+    for group in groups.values():
+        if sizes := counts.get(id(group)):
+            group.by_heads = builders_by_heads(group.metadata_builders[0], sorted(sizes))
 
 
 def band_pages(layers: Mapping[int, LayerPages]) -> BandPages:
