@@ -49,6 +49,10 @@ budget in tokens and ``f`` its share:
 Ratios are exact: ``keep_ratio`` and ``pyramid_beta`` are the fractions their decimal
 strings say, ``Fraction(str(value))``.
 
+Heads in ``skip_heads`` keep everything; a layer compacts its other KV heads, if there are any.
+Records of such a layer have rows for these only. This is defined for one band, and not for
+``random``, whose heads the plugin counts by where they lie.
+
 Bands are contiguous runs of the layers that are not skipped, as equal as possible, longer
 ones first. Layer ``i`` of ``m`` (all layers of the model count) has the share
 ``1 + (i / m) * (1 / beta - 1)``; a band's share ``f`` is the mean of its layers, its budget
@@ -446,6 +450,13 @@ class DenseOracle:
         ]
         self.query_heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
+        self.compressed = [
+            [head for head in range(self.kv_heads) if (layer, head) not in settings.skip_heads]
+            for layer in range(len(self.layers))
+        ]
+        """KV heads of each layer that are not in ``skip_heads``."""
+        if settings.skip_heads and (len(band_layers) > 1 or settings.method == "random"):
+            raise ValueError("skip_heads is defined for one band, and not for random")
         self.head_dim = self.layers[0].self_attn.head_dim
 
     @torch.no_grad()
@@ -563,8 +574,9 @@ class DenseOracle:
         for band, (layers, budget) in enumerate(
             zip(self.band_layers, self.band_budgets, strict=True)
         ):
-            counts = self._alive[list(layers)].sum(-1)
-            live = int(counts.flatten()[0])
+            layers = [layer for layer in layers if self.compressed[layer]]
+            counts = torch.cat([self._alive[i, self.compressed[i]].sum(-1) for i in layers])
+            live = int(counts[0])
             assert (counts == live).all(), "heads and layers of a band hold equally many tokens"
             planned = planned_blocks(
                 self.settings,
@@ -588,16 +600,19 @@ class DenseOracle:
                             f"layer {layer} at {position}: kept {list(forced.shape)}, expected "
                             f"{list(compaction.kept[layer].shape)}"
                         )
-                    if not self._alive[layer].gather(1, forced).all():
+                    if not self._alive[layer, self.compressed[layer]].gather(1, forced).all():
                         raise ValueError(f"layer {layer} at {position}: kept a dead token")
-                    self._alive[layer] = torch.zeros_like(self._alive[layer]).scatter_(
-                        1, forced, True
-                    )
+                    self._keep_only(layer, forced)
                 else:
-                    dead = torch.zeros_like(self._alive[layer])
-                    self._alive[layer] = dead.scatter_(1, compaction.kept[layer], True)
+                    self._keep_only(layer, compaction.kept[layer])
             done.append(compaction)
         return done
+
+    def _keep_only(self, layer: int, kept: torch.Tensor) -> None:
+        """Let all tokens but these die in the heads of a layer that are compressed."""
+        heads = self.compressed[layer]
+        dead = torch.zeros_like(self._alive[layer, heads])
+        self._alive[layer, heads] = dead.scatter_(1, kept, True)
 
     def _compact_layer(self, layer: int, compaction: Compaction) -> None:
         """Choose the tokens of one layer that stay; fill the layer's part of the record."""
@@ -605,20 +620,23 @@ class DenseOracle:
         base = self._untouched(layer)
         stop = base + compaction.candidate_blocks * self.block_size
         # nonzero is ordered by head, then position.
-        live = self._alive[layer].nonzero()[:, 1].view(self.kv_heads, -1)
+        heads = self.compressed[layer]
+        live = self._alive[layer, heads].nonzero()[:, 1].view(len(heads), -1)
         candidates = live[:, base:stop]
         index = candidates[..., None].expand(-1, -1, self.head_dim)
-        keys, values = (cache[layer].gather(1, index) for cache in (self._keys, self._values))
+        keys, values = (
+            cache[layer, heads].gather(1, index) for cache in (self._keys, self._values)
+        )
         scores = candidate_scores(self.settings, keys, layer, compaction.position, values)
         scores[:, : 0 if self._base else self.settings.sink_tokens] = math.inf
-        chosen = candidates[best_candidates(scores, keep)].view(self.kv_heads, keep)
+        chosen = candidates[best_candidates(scores, keep)].view(len(heads), keep)
         compaction.candidates[layer] = candidates
         compaction.scores[layer] = scores
         compaction.kept[layer] = torch.cat([live[:, :base], chosen, live[:, stop:]], 1)
 
     def _untouched(self, layer: int) -> int:
         """Live tokens below the base: fewer than it where a context was compressed."""
-        return int(self._alive[layer, 0, : self._base].sum())
+        return int(self._alive[layer, self.compressed[layer][0], : self._base].sum())
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

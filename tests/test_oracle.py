@@ -22,10 +22,11 @@ from oracle import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_kvcompress.settings import parse_settings
+from vllm_kvcompress.heads import Part, places
+from vllm_kvcompress.settings import Settings, parse_settings
 
 BLOCK = 32
-NUM_LAYERS = 30
+NUM_LAYERS, KV_HEADS = 30, 3
 
 NEAR_TIE = {"knorm": 5e-4, "keydiff": 5e-4, "kvdiff": 5e-4}
 """These methods round their scores to 12 bits; the oracle does not."""
@@ -43,7 +44,13 @@ class Case:
     """Prompt tokens compressed before the others are computed."""
 
 
+HEADS = "7:2,8:0,14:1,15:2,17:0,17:1,18:2,19:1,20:2,21:2,22:0,22:1,22:2,24:0,24:2"
+"""KV heads that keep every token: one, two or all of a layer, in five layers' pages."""
+
 CASES = {
+    "kvdiff-heads": Case(
+        {"method": "kvdiff", "budget": 256, "interval": 16, "skip_heads": HEADS}, 3, decoded=96
+    ),
     "knorm-256-flat": Case({"method": "knorm", "budget": 256, "interval": 16}, 3, decoded=96),
     "knorm-512-pyramid": Case(
         {"method": "knorm", "budget": 512, "bands": 6, "pyramid_beta": 2.0}, 1
@@ -84,6 +91,29 @@ CASES = {
 }
 
 SLOW = {
+    "keydiff-heads-context": Case(
+        {
+            "method": "keydiff",
+            "keep_ratio": 0.15,
+            "recent_tokens": 16,
+            "interval": 32,
+            "skip_heads": HEADS,
+            "skip_layers": [0],
+        },
+        1,
+        decoded=96,
+        context=1509,
+    ),
+    "knorm-heads-during-prefill": Case(
+        {
+            "method": "knorm",
+            "budget": 256,
+            "phase": "during_prefill",
+            "interval": 192,
+            "skip_heads": HEADS,
+        },
+        3,
+    ),
     "kvdiff-256-pyramid": Case(
         {"method": "kvdiff", "budget": 256, "bands": 6, "pyramid_beta": 1.5, "interval": 16},
         3,
@@ -173,7 +203,7 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
     if case.context:
         # Positions tell the prompt's last block from generated tokens, once it is full.
         base = -(-len(prompt) // BLOCK) * BLOCK
-    live = live_positions(kept, base, case.context or 0)
+    live = by_head(live_positions(kept, base, case.context or 0), settings)
     wanted = oracle.run(
         prompt,
         case.decoded,
@@ -194,6 +224,28 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
                 rtol=NEAR_TIE.get(settings.method, 1e-6),
             ), f"layer {layer} after {compaction.position} tokens"
     check_logprobs(wanted, found.logprobs)
+
+
+def by_head(
+    live: dict[tuple[int, int], torch.Tensor], settings: Settings
+) -> dict[tuple[int, int], torch.Tensor]:
+    """From the layers in whose pages heads lie to their own, without those that stay whole."""
+    if not settings.skip_heads:
+        return live
+    placed = places(settings, NUM_LAYERS, KV_HEADS)
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for position in {position for position, _ in live}:
+        for layer in range(NUM_LAYERS):
+            rows: dict[int, torch.Tensor] = {}
+            for part in placed.get(layer, [Part(layer, 0, tuple(range(KV_HEADS)))]):
+                if (position, part.layer) in live:
+                    pages = live[position, part.layer]
+                    rows |= {head: pages[part.first + i] for i, head in enumerate(part.heads)}
+            compressed = [h for h in range(KV_HEADS) if (layer, h) not in settings.skip_heads]
+            if layer not in settings.skip_layers and compressed:
+                assert sorted(rows) == compressed
+                found[position, layer] = torch.stack([rows[head] for head in compressed])
+    return found
 
 
 def live_positions(
