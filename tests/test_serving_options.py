@@ -71,6 +71,8 @@ def vllm_reads(argv: list[str]) -> argparse.Namespace:
         ("recent-tokens", "32", 32),
         ("skip-layers", "0,1", (0, 1)),
         ("skip-layers", "", ()),
+        ("skip-heads", "8:0,7:2", ((7, 2), (8, 0))),
+        ("skip-heads", "", ()),
         ("pyramid-beta", "4", 4.0),
         ("bands", "6", 6),
         ("interval", "64", 64),
@@ -131,6 +133,8 @@ def test_other_arguments_are_kept_in_order() -> None:
         (["--additional-config", "[1]"], ["--additional-config", "JSON object"]),
         (["--additional-config", '{"kvcompress": 3}'], ["int"]),
         (["--kvcompress-skip-layers", "30"], ["skip_layers", "0 to 29"]),
+        (["--kvcompress-skip-heads", "8:0,7"], ["skip_heads", "'7'", "LAYER:HEAD"]),
+        (["--kvcompress-skip-heads", "29:2,29:3,30:0"], ["skip_heads", "29:3", "heads 0 to 2"]),
         (["--kvcompress-budget", "32"], ["budget=32"]),
     ],
 )
@@ -419,7 +423,7 @@ def test_example_request(argv: list[str], expected: str) -> None:
 def test_layer_count_only_where_it_is_certain(tmp_path: Path) -> None:
     from transformers import MistralConfig
 
-    assert announce.uniform_layer_count(model(tmp_path / "plain", layers=12)) == 12
-    assert announce.uniform_layer_count(str(tmp_path / "nowhere")) is None
+    assert announce.uniform_layers(model(tmp_path / "plain", layers=12)) == (12, 32)
+    assert announce.uniform_layers(str(tmp_path / "nowhere")) is None
     MistralConfig(sliding_window=64).save_pretrained(tmp_path / "sliding")
-    assert announce.uniform_layer_count(str(tmp_path / "sliding")) is None
+    assert announce.uniform_layers(str(tmp_path / "sliding")) is None

@@ -37,6 +37,13 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"skip_layers": [0, "last"]}, ["skip_layers.1='last'", "valid integer"]),
     ({"skip_layers": [-1]}, ["skip_layers=[-1]", "count from 0"]),
     ({"skip_layers": [2, 0, 2]}, ["skip_layers=[2, 0, 2]", "named twice"]),
+    ({"skip_heads": "7:2,8"}, ["skip_heads='7:2,8'", "LAYER:HEAD", "'8'"]),
+    ({"skip_heads": "7:2,-1:0"}, ["skip_heads=", "LAYER:HEAD", "'-1:0'"]),
+    ({"skip_heads": [[7, -2]]}, ["skip_heads=[[7, -2]]", "count from 0"]),
+    ({"skip_heads": [[7, 2, 0]]}, ["skip_heads", "Tuple should have at most 2 items"]),
+    ({"skip_heads": [7]}, ["skip_heads.0=7", "valid tuple"]),
+    ({"skip_heads": 7}, ["skip_heads=7", "valid tuple"]),
+    ({"skip_heads": "7:2,8:0,7:2"}, ["skip_heads='7:2,8:0,7:2'", "named twice"]),
     ({"pyramid_beta": 0.0}, ["pyramid_beta=0.0", "greater than 0"]),
     ({"pyramid_beta": float("inf")}, ["pyramid_beta=inf", "finite"]),
     ({"bands": 0}, ["bands=0", "greater than or equal to 1"]),
@@ -120,3 +127,8 @@ def test_parsed_settings_pass_through_and_cannot_change() -> None:
 def test_every_field_has_a_description() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize("given", ["8:0, 7:2", ["8:0", "7:2"], [[8, 0], [7, 2]], ((8, 0), (7, 2))])
+def test_heads_by_name_or_number(given: Any) -> None:
+    assert parse_settings({"skip_heads": given}).skip_heads == ((7, 2), (8, 0))
