@@ -22,7 +22,6 @@ or layers that keep everything (``skip``): the others then keep fewer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -35,6 +34,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.quality.tasks import TASKS, Case, prompt_ids
+from bench.rows import read_rows, rows_parser
 from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.check.__main__ import load
 from vllm_kvcompress.check.attention import own_attention
@@ -227,28 +227,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             + " |"
         )
     return "\n".join(lines) + "\n"
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run, none if there is no such file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def rows_parser(prog: str, doc: str) -> argparse.ArgumentParser:
-    """Parser of a command that adds rows of dense cases to a file."""
-    summary, _, more = doc.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default=None, help="directory or name (default: bundled)")
-    parser.add_argument("--rows", type=Path, help="file to which rows are added")
-    parser.add_argument("--tokens", type=int, default=1500, help="of a context")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
