@@ -19,13 +19,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.methods import LEFT_OUT, Told, evaluate, read_rows, rows_parser, told
+from bench.methods import LEFT_OUT, Told, evaluate, told
 from bench.quality.tasks import TASKS, prompt_ids
-from vllm_kvcompress.bundled import MODEL_NAME, model_directory
+from bench.rows import chosen, known_rows, read_rows, search_parser
+from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.check.__main__ import load
 from vllm_kvcompress.check.attention import own_attention
 from vllm_kvcompress.check.dense import Context, Shape, compress, compute
@@ -129,13 +129,6 @@ def next_layer(
     return min(fresh, key=lambda layer: (fresh[layer], layer)), costs
 
 
-def chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """What rows of one run have in common."""
-    model = Path(args.model).name if args.model else MODEL_NAME
-    names = ("method", "keep", "tasks", "count", "tokens", "seed")
-    return {"model": model, **{name: getattr(args, name) for name in names}}
-
-
 def run(model: Any, items: Sequence[Item], rows: Sequence[Mapping[str, Any]], least: int) -> Any:
     """Rows of all steps that are not known yet: first each layer alone, then the greedy steps."""
     if not items:
@@ -199,28 +192,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, or print a table."""
-    parser = rows_parser("python -m bench.layers", __doc__ or "")
-    parser.add_argument("--table", type=Path, help="print a table of a file instead")
-    parser.add_argument("--method", choices=list(METHODS), default=parse_settings({}).method)
-    parser.add_argument("--keep", type=float, default=0.1, help="share that a layer keeps")
+    doc = __doc__ or ""
+    parser = search_parser("python -m bench.layers", doc, USUAL, count=3, seed=1200)
     parser.add_argument("--least", type=int, default=3, help="stop with so many layers whole")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(USUAL))
-    parser.add_argument("--count", type=int, default=3, help="cases of each task")
-    parser.add_argument("--seed", type=int, default=1200)
     args = parser.parse_args(arguments)
     if args.table:
         print(table(read_rows(args.table)))
         return 0
-    if not args.rows:
-        parser.error("--rows or --table is needed")
-    known = read_rows(args.rows)
-    if any(row["of"] != chosen(args) for row in known):
-        parser.error(f"{args.rows} has rows of other settings: {known[0]['of']}")
+    of = chosen(args)
+    known = known_rows(parser, args, of)
     model, tokenizer = load(str(args.model or model_directory()), "float32", "cpu")
     with own_attention(model), args.rows.open("a") as file:
         items = make_items(model, tokenizer, args)
         for row in run(model, items, known, args.least):
-            print(json.dumps(row | {"of": chosen(args)}), file=file, flush=True)
+            print(json.dumps(row | {"of": of}), file=file, flush=True)
             told_of = f"step {row['step']}: layer {row['layer']}, {row['mean']:.4f}"
             print(told_of, file=sys.stderr, flush=True)
     return 0

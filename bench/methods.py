@@ -9,8 +9,9 @@ compressed, then the question is computed against what is left. Cheap enough to 
 contenders, because answers are not generated but fed:
 
 * ``score``: share of a case's answers of which every token would have been the greedy choice,
-  given the answers so far. Where the full cache answers in another order or in other words, it
-  counts as wrong there too.
+  given the answers so far, from the space or comma that leads over to it: in that step a model
+  decides whether to answer at all. Where the full cache answers in another order or in other
+  words, it counts as wrong there too.
 * ``logprob``: mean log-probability of the answers' tokens, in nats. For ``lm``, which has no
   question, of how the text goes on; ``score`` is the share of its tokens that are greedy.
 
@@ -21,7 +22,6 @@ or layers that keep everything (``skip``): the others then keep fewer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -34,6 +34,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.quality.tasks import TASKS, Case, prompt_ids
+from bench.rows import read_rows, rows_parser
 from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.check.__main__ import load
 from vllm_kvcompress.check.attention import own_attention
@@ -104,7 +105,7 @@ class Told:
     ----------
     tokens : list of int
     answers : list of tuple of int
-        First and last index (excluded) of each answer in ``tokens``.
+        First and last index (excluded) of each answer in ``tokens``, with what leads over to it.
     """
 
     tokens: list[int]
@@ -123,12 +124,9 @@ def told(case: Case, question: list[int], tokenizer: Any) -> Told:
     tokens, spans = list(question), []
     for number, answer in enumerate(case.answers):
         lead = first if number == 0 else between
-        ids = tokenizer.encode(lead + answer, add_special_tokens=False)
-        # A lead that is a token of its own is not part of the answer.
-        bare = tokenizer.encode(lead, add_special_tokens=False) if lead else []
-        own = len(bare) if ids[: len(bare)] == bare else 0
-        spans.append((len(tokens) + own, len(tokens) + len(ids)))
-        tokens += ids
+        start = len(tokens)
+        tokens += tokenizer.encode(lead + answer, add_special_tokens=False)
+        spans.append((start, len(tokens)))
     return Told(tokens, spans)
 
 
@@ -229,28 +227,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             + " |"
         )
     return "\n".join(lines) + "\n"
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run, none if there is no such file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def rows_parser(prog: str, doc: str) -> argparse.ArgumentParser:
-    """Parser of a command that adds rows of dense cases to a file."""
-    summary, _, more = doc.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=summary,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default=None, help="directory or name (default: bundled)")
-    parser.add_argument("--rows", type=Path, help="file to which rows are added")
-    parser.add_argument("--tokens", type=int, default=1500, help="of a context")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

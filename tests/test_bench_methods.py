@@ -51,12 +51,12 @@ def test_contenders_keep_equally_many_tokens(settings):
     assert keep != (500,) * 10
 
 
-def test_answers_are_fed_after_the_question():
+def test_answers_are_fed_after_the_question_and_begin_with_their_lead():
     fed = told(CASE, [5, 6, 7], Characters())
     assert fed.tokens == [5, 6, 7, *map(ord, " 12"), 2, *map(ord, "345")]
     assert [fed.tokens[first:last] for first, last in fed.answers] == [
-        [*map(ord, "12")],
-        [*map(ord, "345")],
+        [*map(ord, " 12")],
+        [2, *map(ord, "345")],
     ]
 
 

@@ -7,7 +7,7 @@ makes one for all layers, and layers here hold different numbers of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -37,8 +37,18 @@ def noting_attention() -> Iterator[Received]:
 
 
 @contextmanager
-def own_attention(model: Any) -> Iterator[None]:
-    """Let a model use this attention for a while.
+def own_attention(
+    model: Any, function: Callable[..., Any] | None = None, name: str = IMPLEMENTATION
+) -> Iterator[None]:
+    """Let a model use this attention for a while, or a function of the same arguments.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    function : callable, optional
+        By default :func:`attend`.
+    name : str
+        Under which transformers knows it, each function by its own.
 
     Raises
     ------
@@ -46,17 +56,17 @@ def own_attention(model: Any) -> Iterator[None]:
         A model whose attention cannot be exchanged.
     """
     before = model.config._attn_implementation
-    AttentionInterface.register(IMPLEMENTATION, _attend)
+    AttentionInterface.register(name, function or attend)
     try:
-        model.set_attn_implementation(IMPLEMENTATION)
-        if model.config._attn_implementation != IMPLEMENTATION:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
             raise ValueError(f"{type(model).__name__} does not let its attention be exchanged.")
         yield
     finally:
         model.set_attn_implementation(before)
 
 
-def _attend(
+def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -66,6 +76,7 @@ def _attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    """Causal attention of the last tokens to all, as transformers calls it."""
     for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"Models whose attention has a {name} cannot be checked.")

@@ -89,6 +89,31 @@ def kept_tokens(removed: float, tokens: int, shape: Shape) -> int:
     return min(tokens, max(round((1 - removed) * tokens), shape.sinks + shape.recent))
 
 
+def kept_of(context: Context, method: Method, layer: int, stay: int, shape: Shape) -> torch.Tensor:
+    """Which tokens of a layer stay.
+
+    Parameters
+    ----------
+    context : Context
+    method : Method
+    layer : int
+    stay : int
+        How many, as from :func:`kept_tokens`.
+    shape : Shape
+
+    Returns
+    -------
+    torch.Tensor
+        ``[kv_heads, stay]``, int64, ascending indices.
+    """
+    recent = min(shape.recent, context.tokens)
+    scores = layer_scores(context, method, layer, shape)
+    sinks = min(shape.sinks, scores.shape[1])
+    old = select_tokens(scores, max(stay - recent, sinks), sinks)
+    new = torch.arange(context.tokens - recent, context.tokens, device=old.device)
+    return torch.cat([old, new.expand(len(old), -1)], dim=1)
+
+
 @torch.inference_mode()
 def compress(context: Context, method: Method, keep: Sequence[int], shape: Shape) -> Context:
     """The context with fewer tokens, per layer and KV head.
@@ -105,20 +130,28 @@ def compress(context: Context, method: Method, keep: Sequence[int], shape: Shape
     -------
     Context
     """
-    recent = min(shape.recent, context.tokens)
     keys, values = [], []
     for layer, stay in enumerate(keep):
         own_keys, own_values = context.keys[layer], context.values[layer]
         if stay < context.tokens:
-            scores = layer_scores(context, method, layer, shape)
-            sinks = min(shape.sinks, scores.shape[1])
-            old = select_tokens(scores, max(stay - recent, sinks), sinks)
-            new = torch.arange(context.tokens - recent, context.tokens, device=old.device)
-            tokens = torch.cat([old, new.expand(len(old), -1)], dim=1)
+            tokens = kept_of(context, method, layer, stay, shape)
             own_keys, own_values = take_tokens(own_keys, tokens), take_tokens(own_values, tokens)
         keys.append(own_keys)
         values.append(own_values)
     return Context(tuple(keys), tuple(values))
+
+
+def cache_of(contexts: Sequence[Context]) -> DynamicCache:
+    """A cache with these contexts as rows; they have equally many tokens in each layer."""
+    return DynamicCache(
+        [
+            (
+                torch.stack([context.keys[layer] for context in contexts]),
+                torch.stack([context.values[layer] for context in contexts]),
+            )
+            for layer in range(len(contexts[0].keys))
+        ]
+    )
 
 
 @torch.inference_mode()
@@ -144,21 +177,11 @@ def follow(
         Log-probabilities of all these tokens but the first, and whether each was the most
         probable one, both ``[contexts, tokens - 1]``.
     """
-    layers = range(len(contexts[0].keys))
-    cache = DynamicCache(
-        [
-            (
-                torch.stack([context.keys[layer] for context in contexts]),
-                torch.stack([context.values[layer] for context in contexts]),
-            )
-            for layer in layers
-        ]
-    )
     ids = torch.tensor([list(token_ids)], device=model.device).expand(len(contexts), -1)
     positions = torch.arange(position, position + ids.shape[1] - 1, device=ids.device)
     output = model(
         ids[:, :-1],
-        past_key_values=cache,
+        past_key_values=cache_of(contexts),
         position_ids=positions.expand(len(contexts), -1),
         use_cache=True,
     )
