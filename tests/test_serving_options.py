@@ -134,7 +134,7 @@ def test_other_arguments_are_kept_in_order() -> None:
         (["--additional-config", '{"kvcompress": 3}'], ["int"]),
         (["--kvcompress-skip-layers", "30"], ["skip_layers", "0 to 29"]),
         (["--kvcompress-skip-heads", "8:0,7"], ["skip_heads", "'7'", "LAYER:HEAD"]),
-        (["--kvcompress-skip-heads", "29:2,29:3,30:0"], ["skip_heads", "29:3", "heads 0 to 2"]),
+        (["--kvcompress-skip-heads", "29:2,29:32"], ["skip_heads", "29:32", "heads 0 to 31"]),
         (["--kvcompress-budget", "32"], ["budget=32"]),
     ],
 )
