@@ -312,12 +312,15 @@ def test_servers_to_start() -> None:
 
 def test_the_bundled_model_is_served_as_by_default_and_flat() -> None:
     assert servers_of("--short") == [
-        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.1),
+        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), pytest.approx(1 / 6)),
         ("flat", "kvdiff", ("kvdiff", "knorm"), 0),
     ]
     options = "--kvcompress-skip-layers 0,1,2,3,4,5"
     (own,) = servers_of("--short", "--variant", "few", "--server-options", options)
     assert own == ("few", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.2)
+    options = "--kvcompress-skip-heads 7:2,8:0,23:0 --kvcompress-skip-layers 0,1"
+    (own,) = servers_of("--short", "--server-options", options)
+    assert own[-1] == pytest.approx(0.1)
     options = "--kvcompress-bands 6"
     (own,) = servers_of("--short", "--server-options", options)
     assert own[-1] == 0

@@ -29,7 +29,8 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A stand-in for the converted bundled model: its configuration only."""
-    directory = model(tmp_path / "bundled")
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    directory = model(tmp_path / "bundled", **heads)
     monkeypatch.setattr(bundled, "model_directory", lambda: Path(directory))
     return directory
 
@@ -134,7 +135,7 @@ def test_other_arguments_are_kept_in_order() -> None:
         (["--additional-config", '{"kvcompress": 3}'], ["int"]),
         (["--kvcompress-skip-layers", "30"], ["skip_layers", "0 to 29"]),
         (["--kvcompress-skip-heads", "8:0,7"], ["skip_heads", "'7'", "LAYER:HEAD"]),
-        (["--kvcompress-skip-heads", "29:2,29:32"], ["skip_heads", "29:32", "heads 0 to 31"]),
+        (["--kvcompress-skip-heads", "29:2,29:3"], ["skip_heads", "29:3", "heads 0 to 2"]),
         (["--kvcompress-budget", "32"], ["budget=32"]),
     ],
 )
@@ -368,14 +369,15 @@ def test_announcement_of_the_demo(demo: str) -> None:
     body = json.loads(text.split("-d '")[1].split("'")[0])
     assert body["model"] == "SmolLM2-135M-Instruct"
     assert "/v1/chat/completions" in text
-    for word in ("kvdiff", "512", "layers 7, 18, 23: every token", "2,048", "4,096", "8,192"):
+    for word in ("kvdiff", "512", "KV heads 7:2, 8:0, ", "24:2: every token", "2,048", "4,096", "8,192"):
         assert word in text
 
 
 @pytest.mark.parametrize(
     ("options", "skipped"),
     [
-        ([], (7, 18, 23)),
+        ([], ()),
+        (["--tensor-parallel-size", "3"], (7, 18, 23)),
         (["--kvcompress-skip-layers="], ()),
         (["--kvcompress-skip-layers=0,1"], (0, 1)),
         (["--kvcompress-bands", "6"], ()),
@@ -386,15 +388,17 @@ def test_announcement_of_the_demo(demo: str) -> None:
 def test_layers_that_the_demo_keeps_whole(
     demo: str, options: list[str], skipped: tuple[int, ...]
 ) -> None:
-    """Its sensitive ones, unless the user decides about layers."""
+    """Heads, where they can change places; nothing that the user has not asked for else."""
     found = command(*options)
     assert found.settings.skip_layers == skipped
+    assert len(found.settings.skip_heads) == (0 if options else 15)
     config = found.values.additional_config["kvcompress"]
     assert tuple(config.get("skip_layers", ())) == skipped
 
 
 def test_layers_of_a_named_model_are_not_skipped(tmp_path: Path) -> None:
-    assert command(model(tmp_path / "named")).settings.skip_layers == ()
+    settings = command(model(tmp_path / "named")).settings
+    assert settings.skip_layers == settings.skip_heads == ()
 
 
 def test_announcement_of_stock_vllm(demo: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.harness.engines import BLOCK_SIZE
 from vllm_kvcompress.bands import keep_ratio
-from vllm_kvcompress.bundled import LAYERS, SKIP_LAYERS
+from vllm_kvcompress.bundled import KV_HEADS, LAYERS, SKIP_HEADS, SKIP_LAYERS
 
 PYRAMID_BETA = 4.0
 INTERVAL_SHARE = 1 / 16
@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "kvdiff": {"method": "kvdiff"},
     "kvdiff-skip": {"method": "kvdiff", "skip_layers": list(SKIP_LAYERS)},
     "keydiff-skip": {"method": "keydiff", "skip_layers": HALF_WHOLE},
+    "kvdiff-heads": {"method": "kvdiff", "skip_heads": SKIP_HEADS},
     "streaming": {"method": "streaming"},
     "pyramid": {"method": "knorm", "pyramid_beta": PYRAMID_BETA, "bands": 6},
     "during": {"method": "knorm", "phase": "during_prefill"},
@@ -104,10 +105,10 @@ def contender(name: str, tokens: int) -> Contender:
         )
     number, kind = float(found["number"]), KINDS[found["kind"]]
     mean = tokens / number
-    if "skip_layers" in kind:
-        mean = tokens * keep_ratio(1 - 1 / number, len(kind["skip_layers"]) / LAYERS)
+    if whole := _whole_share(kind):
+        mean = tokens * keep_ratio(1 - 1 / number, whole)
         if found["how"] == "/" and mean < LEAST_BLOCKS * BLOCK_SIZE:
-            raise ValueError(f"{name!r} cannot be: the layers kept whole alone hold about as much.")
+            raise ValueError(f"{name!r} cannot be: what is kept whole alone holds about as much.")
     held = round((mean if found["how"] == "/" else number) / BLOCK_SIZE)
     grown = max(1, round(held * INTERVAL_SHARE))
     budget = max(1, held - grown if found["how"] == "/" else held)
@@ -116,6 +117,12 @@ def contender(name: str, tokens: int) -> Contender:
         budget = int(budget / ((1 + 1 / PYRAMID_BETA) / 2))
     settings = {**kind, "budget": budget * BLOCK_SIZE, "interval": grown * BLOCK_SIZE}
     return Contender(name, settings, "fp8" if found["fp8"] else "auto")
+
+
+def _whole_share(kind: dict[str, Any]) -> float:
+    """Share of the bundled model's cache that keeps every token."""
+    heads = len(kind.get("skip_heads", "").split(",")) if "skip_heads" in kind else 0
+    return (len(kind.get("skip_layers", ())) + heads / KV_HEADS) / LAYERS
 
 
 def with_budgets(names: Iterable[str], budgets: Iterable[int]) -> tuple[str, ...]:

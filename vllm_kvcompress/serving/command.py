@@ -15,7 +15,7 @@ DEMO_KV_CACHE_BYTES = 512 * 2**20
 DEMO_BLOCK_SIZE = 32
 
 LAYER_CHOICES = {"skip_layers", "skip_heads", "bands", "pyramid_beta"}
-"""Settings with which a user decides about layers; else the bundled model's own are skipped."""
+"""Settings with which a user decides about layers; else those of the bundled model apply."""
 
 _UNSET = object()
 """Default that tells an option the user left out from one given its default value."""
@@ -78,6 +78,15 @@ def serve_parser() -> Any:
             epilog=VLLM_SUBCMD_PARSER_EPILOG.replace("vllm {subcmd}", "serve.py"),
         )
     )
+
+
+def _sensitive(values: argparse.Namespace) -> dict[str, Any]:
+    """What the bundled model keeps whole: heads where the backend is known to take some of them."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and values.tensor_parallel_size == 1:
+        return {"skip_heads": bundled.SKIP_HEADS}
+    return {"skip_layers": list(bundled.SKIP_LAYERS)}
 
 
 def _demo_defaults() -> dict[str, Any]:
@@ -149,7 +158,7 @@ def build_command(raw: dict[str, Any], rest: Sequence[str], inspected: Inspected
     merged = {**given_settings, **raw}
     one_group = values.disable_hybrid_kv_cache_manager
     if inspected.model is None and not one_group and not LAYER_CHOICES & merged.keys():
-        merged["skip_layers"] = list(bundled.SKIP_LAYERS)
+        merged |= _sensitive(values)
     settings = parse_settings(merged)
 
     argv = list(rest)
