@@ -34,7 +34,7 @@ def everywhere(settings: Settings, layers: int, kv_heads: int) -> dict[int, tupl
 
 @given(choices())
 def test_every_head_has_a_place_of_its_own(choice: tuple[Settings, int, int]) -> None:
-    settings, layers, kv_heads = choice
+    _, layers, kv_heads = choice
     slots: dict[tuple[int, int], tuple[int, int]] = {}
     for layer, parts in everywhere(*choice).items():
         assert sorted(head for part in parts for head in part.heads) == list(range(kv_heads))
@@ -48,7 +48,7 @@ def test_every_head_has_a_place_of_its_own(choice: tuple[Settings, int, int]) ->
 
 @given(choices())
 def test_pages_hold_whole_heads_only_or_none(choice: tuple[Settings, int, int]) -> None:
-    settings, layers, kv_heads = choice
+    settings, _, kv_heads = choice
     whole = whole_layers(*choice)
     assert len(whole) == len(settings.skip_layers) + len(settings.skip_heads) // kv_heads
     for layer, parts in everywhere(*choice).items():

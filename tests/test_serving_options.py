@@ -369,7 +369,15 @@ def test_announcement_of_the_demo(demo: str) -> None:
     body = json.loads(text.split("-d '")[1].split("'")[0])
     assert body["model"] == "SmolLM2-135M-Instruct"
     assert "/v1/chat/completions" in text
-    for word in ("kvdiff", "512", "KV heads 7:2, 8:0, ", "24:2: every token", "2,048", "4,096", "8,192"):
+    for word in (
+        "kvdiff",
+        "512",
+        "KV heads 7:2, 8:0, ",
+        "24:2: every token",
+        "2,048",
+        "4,096",
+        "8,192",
+    ):
         assert word in text
 
 

@@ -88,8 +88,8 @@ def whole_share(model: str, options: Sequence[str], bundled: bool) -> float:
     settings = build_command(ours, [*named, *rest], inspect_arguments([*named, *rest])).settings
     if not (settings.skip_layers or settings.skip_heads):
         return 0.0
-    layers = uniform_layers(model)
-    if layers is None:
+    heads = uniform_layers(model)
+    if heads is None:
         return 0.0
-    skipped = len(settings.skip_layers) + len(settings.skip_heads) / layers.kv_heads
-    return skipped / layers.count
+    skipped = len(settings.skip_layers) + len(settings.skip_heads) / heads.kv_heads
+    return skipped / heads.layers

@@ -173,7 +173,7 @@ def place(layer: Any, places: Sequence[Place]) -> None:
     cls = type(layer.impl)
     placed_cls = type(f"KVCompress{cls.__name__}", (PlacedHeads, cls), {})
     # Not by __class__: implementations differ from the mixin in the layout of their objects.
-    placed = object.__new__(placed_cls)
+    placed: Any = object.__new__(placed_cls)
     placed.__dict__.update(vars(layer.impl), places=tuple(places))
     layer.impl = placed
 

@@ -77,8 +77,8 @@ def describe_compression(command: Command) -> str:
     """
     if not command.settings.enabled:
         return "Compression is off: stock vLLM."
-    layers = uniform_layers(command.model)
-    if layers is None:
+    heads = uniform_layers(command.model)
+    if heads is None:
         return "What is compressed depends on the model's layers; vLLM's start-up log will say."
     from vllm.config import CacheConfig
 
@@ -86,17 +86,17 @@ def describe_compression(command: Command) -> str:
     from vllm_kvcompress.serving.summary import describe
 
     block_size = default_block_size(command.values.block_size) or CacheConfig.DEFAULT_BLOCK_SIZE
-    return describe(command.settings, layers.count, block_size, layers.kv_heads)
+    return describe(command.settings, heads.layers, block_size, heads.kv_heads)
 
 
-class Layers(NamedTuple):
+class Heads(NamedTuple):
     """Layers of a model and the KV heads of each."""
 
-    count: int
+    layers: int
     kv_heads: int
 
 
-def uniform_layers(model: str) -> Layers | None:
+def uniform_layers(model: str) -> Heads | None:
     """Return the number of layers and KV heads of a model on this machine.
 
     Parameters
@@ -106,7 +106,7 @@ def uniform_layers(model: str) -> Layers | None:
 
     Returns
     -------
-    Layers or None
+    Heads or None
         ``None`` when its configuration is not here or its layers are not all plain full
         attention, so that only the running engine knows which can be compressed.
     """
@@ -123,7 +123,7 @@ def uniform_layers(model: str) -> Layers | None:
         return None
     count = getattr(text, "num_hidden_layers", None)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    return None if count is None else Layers(count, heads)
+    return Heads(count, heads) if isinstance(count, int) else None
 
 
 def example_request(command: Command, url: str, name: str) -> str:
