@@ -122,8 +122,8 @@ def uniform_layers(model: str) -> Heads | None:
     if kinds != {"full_attention"} or getattr(text, "sliding_window", None):
         return None
     count = getattr(text, "num_hidden_layers", None)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    return Heads(count, heads) if isinstance(count, int) else None
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    return Heads(count, heads or 1) if isinstance(count, int) else None
 
 
 def example_request(command: Command, url: str, name: str) -> str:
