@@ -94,6 +94,14 @@ def check_groups(
         config.num_blocks,
         vllm_config.cache_config.block_size,
     )
+    if settings.skip_heads:
+        held = ", ".join(map(str, sorted(bands[-1])))
+        logger.info(
+            "kvcompress: %d KV heads keep every token; they lie in the pages of layers %s, and "
+            "those layers' other heads where these came from.",
+            len(settings.skip_heads),
+            held,
+        )
     longest = vllm_config.model_config.max_model_len - 1
     schedule = Schedule.of(settings, limits, vllm_config.cache_config.block_size, longest)
     # The longest prompt compresses soonest, except in the decode phase.
@@ -107,7 +115,7 @@ def check_groups(
     if whole and settings.phase == "during_prefill":
         logger.warning(
             "kvcompress: phase=during_prefill bounds the peak only in compressed layers; "
-            "%d layers hold every token of a request.",
+            "the pages of %d layers hold every token of a request.",
             whole,
         )
     return tuple(limits)
