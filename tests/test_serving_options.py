@@ -373,7 +373,7 @@ def test_announcement_of_the_demo(demo: str) -> None:
         "keydiff",
         "512",
         "KV heads 7:2, 8:0, ",
-        "24:2: every token",
+        "24:0: every token",
         "2,048",
         "4,096",
         "8,192",

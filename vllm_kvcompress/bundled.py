@@ -22,7 +22,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT_LENGTH = 8192
 LAYERS = 30
 KV_HEADS = 3
-SKIP_HEADS = "7:2,8:0,14:1,15:2,17:0,17:1,18:2,19:1,20:1,20:2,21:2,23:0,23:2,24:0,24:2"
+SKIP_HEADS = "7:2,8:0,14:1,15:2,17:0,17:1,18:2,19:1,20:1,20:2,21:2,22:1,23:0,23:2,24:0"
 """KV heads that ``serve.py`` keeps whole unless told otherwise; docs/quality.md says why."""
 
 HEADS_METHOD = "keydiff"
