@@ -14,6 +14,7 @@ import engines
 import pytest
 from test_engine import BLOCK, PHASES, VOCABULARY, by_position, make_prompts
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_kvcompress.heads import Part, places
 from vllm_kvcompress.settings import parse_settings
@@ -23,6 +24,12 @@ ONE_HOST = "0:1,1:3,2:0,3:2"
 
 TWO_HOSTS = "0:1,1:3,2:0,2:2,3:0,3:1,3:2,3:3"
 """Layer 3 is whole; layer 2 holds 0:1 and 1:3, which its other heads make room for."""
+
+PLANNED = {
+    ONE_HOST: {(0,): [1], (1,): [1, 3], (2,): [1, 3], (3,): [1, 3]},
+    TWO_HOSTS: {(0, 1): [1, 3], (2, 3): [1, 2]},
+}
+"""By the layers of a group: how many neighbours the CPU backend has to plan its work for."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "after_prefill": {**PHASES["after_prefill"], "method": "kvdiff", "skip_heads": ONE_HOST},
@@ -67,9 +74,18 @@ def test_identity_below_the_threshold(tiny_llama: Path) -> None:
         with engines.engine(tiny_llama, {"budget": 512, "skip_heads": heads}, **options) as engine:
             found = engine.generate(prompts, 16)
             assert not engine.plans
+            assert planned_heads(engine) == PLANNED[heads]
         assert [g.tokens for g in found] == [g.tokens for g in wanted]
         for generation, stock in zip(found, wanted, strict=True):
             assert generation.logprobs == pytest.approx(stock.logprobs, abs=1e-5)
+
+
+def planned_heads(engine: engines.Engine) -> dict[tuple[int, ...], list[int]]:
+    groups = [group for groups in engine.runner.attn_groups for group in groups]
+    return {
+        tuple(sorted(map(extract_layer_index, group.layer_names))): sorted(group.by_heads)
+        for group in groups
+    }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
