@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
+from vllm_kvcompress.attention.heads import BY_HEADS, builders_by_heads
 from vllm_kvcompress.attention.holes import HoleCounts
 
 BLOCK = 4
@@ -108,6 +109,34 @@ def test_rows_are_shifted_and_lengths_reduced() -> None:
     assert (seen.max_seq_len, seen.max_query_len) == (30, 9)
     assert common.seq_lens.equal(untouched[0])
     assert common.block_table_tensor.equal(untouched[1])
+
+
+def test_fewer_heads_have_the_same_rows() -> None:
+    """What differs for some heads of a page is made of rows without holes too."""
+
+    class PlanBuilder(Builder):
+        isa, num_heads, num_kv_heads = "vec", 8, 4
+
+        def build(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Any:
+            return SimpleNamespace(
+                heads=(self.num_heads, self.num_kv_heads),
+                lengths=common.seq_lens.tolist(),
+                first=common.block_table_tensor[:, 0].tolist(),
+            )
+
+    group = make_group(by_slot=False)
+    assert builders_by_heads(group.metadata_builders[0], [1, 3]) == {}, "nothing differs"
+    group.metadata_builders[:] = [PlanBuilder()]
+    group.by_heads = builders_by_heads(group.metadata_builders[0], [1, 3])
+    group.holes.rows[GROUP, :2] = [3, 1]
+    metadata = group.build_metadata(make_batch([30, 9], [1, 1], slots=None))
+    wanted = {"lengths": [30 - 3 * BLOCK, 9 - BLOCK], "first": [4, 12]}
+    parts = vars(metadata).pop(BY_HEADS)
+    assert parts == {
+        1: SimpleNamespace(heads=(2, 1), **wanted),
+        3: SimpleNamespace(heads=(6, 3), **wanted),
+    }
+    assert metadata == SimpleNamespace(heads=(8, 4), **wanted)
 
 
 @given(data=st.data())

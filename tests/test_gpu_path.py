@@ -40,6 +40,7 @@ from oracle import (
     untouched_base,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from whole_heads import by_head
 
 from vllm_kvcompress.settings import SettingsError, parse_settings
 from vllm_kvcompress.worker.runner import CompressedRunnerV2
@@ -52,6 +53,8 @@ FLAT = {"method": "knorm", "budget": 96, "recent_tokens": 16, "sink_tokens": 2, 
 BANDS = {**FLAT, "method": "keydiff", "bands": 3, "pyramid_beta": 1.2, "phase": "during_prefill"}
 DECODE = {**FLAT, "phase": "decode", "budget": 64, "recent_tokens": 0}
 TWO_BANDS = {**FLAT, "bands": 2, "pyramid_beta": 1.2}
+# Layers 0 and 1 hold the whole heads: 2:1 and 3:1 change places with 0:0 and 1:1.
+HEADS = {**FLAT, "method": "kvdiff", "skip_heads": "0:1,1:0,2:1,3:1"}
 
 NEAR_TIE = 1e-3
 """Relative: methods round their scores to 12 bits, the oracle does not."""
@@ -99,9 +102,9 @@ def _agrees_with_oracle(case: dict[str, Any], run: dict[str, Any], index: int) -
         plans_of(run, index), untouched_base(settings, block_size, len(prompt)), block_size
     )
     dense = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32)
-    layers, budgets = band_budgets(
-        settings, dense.config.num_hidden_layers, block_size, settings.bands or 1
-    )
+    num_layers = dense.config.num_hidden_layers
+    live = by_head(live, settings, num_layers, dense.config.num_key_value_heads)
+    layers, budgets = band_budgets(settings, num_layers, block_size, settings.bands or 1)
     oracle = DenseOracle(dense, settings, block_size, layers, budgets)
     wanted = oracle.run(prompt, len(found["tokens"]), found["tokens"], live)
     expected = [(each.position, layer) for each in wanted.compactions for layer in each.kept]
@@ -172,6 +175,7 @@ def cases(llama: Path, small_llama: Path) -> dict[str, dict[str, Any]]:
     return {
         "flat": _case(llama, FLAT, [batch, {"requests": [1]}]),
         "bands": _case(llama, BANDS, [batch, {"requests": [2]}]),
+        "heads": _case(llama, HEADS, [batch, {"requests": [0]}]),
         "decode": {
             **_case(llama, DECODE, [{"requests": [3]}]),
             "sampling": {"max_tokens": 116},
@@ -211,6 +215,16 @@ def cases(llama: Path, small_llama: Path) -> dict[str, dict[str, Any]]:
             "prompts": _prompts(3, (100, 70)),
             "sampling": {"max_tokens": 24},
         },
+        # No head lies in its own slot: layer 0 holds 0:1 and 1:0, layer 1 holds 1:1 and 0:0.
+        "triton-heads": {
+            **_case(
+                small_llama,
+                {**HEADS, "budget": 64, "recent_tokens": 1, "skip_heads": "0:1,1:0"},
+                [{"requests": [0, 1]}],
+            ),
+            "prompts": _prompts(3, (84, 70)),
+            "sampling": {"max_tokens": 12},
+        },
     }
 
 
@@ -237,7 +251,7 @@ routes = pytest.mark.parametrize(
 
 
 @routes
-@pytest.mark.parametrize("case", ["flat", "bands", "decode"])
+@pytest.mark.parametrize("case", ["flat", "bands", "heads", "decode"])
 def test_same_as_cpu_path(on_route: Callable[[Route], Results], route: Route, case: str) -> None:
     found, wanted = on_route(route)[case], on_route(V1)[case]
     for mine, other in zip(found["runs"], wanted["runs"], strict=True):
@@ -248,7 +262,7 @@ def test_same_as_cpu_path(on_route: Callable[[Route], Results], route: Route, ca
 
 
 @routes
-@pytest.mark.parametrize("case", ["flat", "bands", "decode"])
+@pytest.mark.parametrize("case", ["flat", "bands", "heads", "decode"])
 def test_same_as_oracle(
     cases: dict[str, dict[str, Any]], on_route: Callable[[Route], Results], route: Route, case: str
 ) -> None:
@@ -258,7 +272,7 @@ def test_same_as_oracle(
 
 
 @routes
-@pytest.mark.parametrize("case", ["flat", "bands"])
+@pytest.mark.parametrize("case", ["flat", "bands", "heads"])
 def test_batch_does_not_matter(
     on_route: Callable[[Route], Results], route: Route, case: str
 ) -> None:
@@ -312,13 +326,19 @@ def test_triton_attention(
         "prompts": _prompts(4, (60,)),
         "sampling": {"max_tokens": 28},
     }
-    found, small = run_cases(V2_TRITON, [cases["triton"], small_blocks])
+    found, small, heads = run_cases(
+        V2_TRITON, [cases["triton"], small_blocks, cases["triton-heads"]]
+    )
     print(compare(found["runs"][0], on_route(V1)["triton"]["runs"][0], [0, 1]))
     print(_agrees_with_oracle(cases["triton"], found["runs"][0], 0))
     assert _compactions(found["runs"][0], 0) >= 2
     print(_agrees_with_oracle(small_blocks, small["runs"][0], 0))
     assert _compactions(small["runs"][0], 0) >= 3
-    # The last one again, with pages moved by our Triton kernels instead of torch.
+    print(compare(heads["runs"][0], on_route(V1)["triton-heads"]["runs"][0], [0, 1]))
+    for index in (0, 1):
+        print(_agrees_with_oracle(cases["triton-heads"], heads["runs"][0], index))
+        assert _compactions(heads["runs"][0], index) >= 1
+    # Blocks of 16 again, with pages moved by our Triton kernels instead of torch.
     (moved,) = run_cases(V2_TRITON_PAGES, [small_blocks])
     print(compare(moved["runs"][0], small["runs"][0], [0]))
     print(_agrees_with_oracle(small_blocks, moved["runs"][0], 0))

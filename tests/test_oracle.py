@@ -21,9 +21,9 @@ from oracle import (
     untouched_base,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_heads import by_head
 
-from vllm_kvcompress.heads import Part, places
-from vllm_kvcompress.settings import Settings, parse_settings
+from vllm_kvcompress.settings import parse_settings
 
 BLOCK = 32
 NUM_LAYERS, KV_HEADS = 30, 3
@@ -203,7 +203,7 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
     if case.context:
         # Positions tell the prompt's last block from generated tokens, once it is full.
         base = -(-len(prompt) // BLOCK) * BLOCK
-    live = by_head(live_positions(kept, base, case.context or 0), settings)
+    live = by_head(live_positions(kept, base, case.context or 0), settings, NUM_LAYERS, KV_HEADS)
     wanted = oracle.run(
         prompt,
         case.decoded,
@@ -224,28 +224,6 @@ def check(case: Case, model: Path, dense: Any, prompt: list[int]) -> None:
                 rtol=NEAR_TIE.get(settings.method, 1e-6),
             ), f"layer {layer} after {compaction.position} tokens"
     check_logprobs(wanted, found.logprobs)
-
-
-def by_head(
-    live: dict[tuple[int, int], torch.Tensor], settings: Settings
-) -> dict[tuple[int, int], torch.Tensor]:
-    """From the layers in whose pages heads lie to their own, without those that stay whole."""
-    if not settings.skip_heads:
-        return live
-    placed = places(settings, NUM_LAYERS, KV_HEADS)
-    found: dict[tuple[int, int], torch.Tensor] = {}
-    for position in {position for position, _ in live}:
-        for layer in range(NUM_LAYERS):
-            rows: dict[int, torch.Tensor] = {}
-            for part in placed.get(layer, [Part(layer, 0, tuple(range(KV_HEADS)))]):
-                if (position, part.layer) in live:
-                    pages = live[position, part.layer]
-                    rows |= {head: pages[part.first + i] for i, head in enumerate(part.heads)}
-            compressed = [h for h in range(KV_HEADS) if (layer, h) not in settings.skip_heads]
-            if layer not in settings.skip_layers and compressed:
-                assert sorted(rows) == compressed
-                found[position, layer] = torch.stack([rows[head] for head in compressed])
-    return found
 
 
 def live_positions(

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_kvcompress.attention.heads import Place, place
 from vllm_kvcompress.config import SCHEDULERS, WORKERS
 from vllm_kvcompress.settings import SettingsError
 
@@ -70,6 +73,19 @@ def test_a_chosen_block_size_stays(deep_llama: Path) -> None:
         ({"budget": 128, "recent_tokens": 100}, "do not fit the smallest band"),
         ({"bands": 4}, "nearest good choices are 2, 3, 5"),
         ({"bands": 4, "skip_layers": [0, 1]}, "nearest good choices are"),
+        (
+            {"skip_heads": "29:1,30:0"},
+            "there is no 30:0; the model has layers 0 to 29 with KV heads",
+        ),
+        ({"skip_heads": "0:0,4:2"}, "there is no 4:2"),
+        ({"skip_heads": "0:0,3:1,4:0"}, "3 heads do not fill pages of 2 KV heads; name 2 or 4"),
+        ({"skip_heads": "3:1"}, "1 heads do not fill pages of 2 KV heads; name 2."),
+        ({"skip_heads": "3:0,4:1", "skip_layers": [4]}, "4:1 is in skip_layers=[4] already"),
+        ({"skip_heads": "3:0,3:0"}, "a head is named twice"),
+        (
+            {"skip_heads": "0:0,0:1", "skip_layers": list(range(1, 30))},
+            "with skip_heads it names every layer",
+        ),
         ({"method": "snapkv"}, "streaming, random, merge, knorm+merge, none"),
         ({"method": "merge", "budget": 192}, "one block per power of two of the longest request"),
         ({"method": "knorm+merge", "budget": 192}, "raise budget, lower pyramid_beta or max_model"),
@@ -116,6 +132,36 @@ def test_bad_settings(settings: Any, said: str, deep_llama: Path) -> None:
 def test_unsupported_features(options: dict[str, Any], said: str, deep_llama: Path) -> None:
     with pytest.raises(SettingsError, match=said):
         config_of(deep_llama, {"budget": 256}, **options)
+
+
+def test_heads_stay_on_their_rank(deep_llama: Path) -> None:
+    with pytest.raises(SettingsError, match="skip_heads cannot be combined with tensor parallel"):
+        config_of(deep_llama, {"skip_heads": "3:0,7:1"}, tensor_parallel_size=2)
+    config_of(deep_llama, {"skip_layers": [3]}, tensor_parallel_size=2)
+    config_of(deep_llama, {"skip_heads": "3:0,7:1"})
+
+
+@pytest.mark.parametrize(
+    ("backend", "sinks", "query_quant", "said"),
+    [
+        ("FLASH_ATTN", None, None, "attention backend FLASH_ATTN yet; choose CPU_ATTN or TRITON"),
+        ("TRITON_ATTN", object(), None, "attention sinks"),
+        ("TRITON_ATTN", None, object(), "quantized queries"),
+    ],
+)
+def test_attention_that_was_not_tried_with_heads(
+    backend: str, sinks: object, query_quant: object, said: str
+) -> None:
+    """The layer is left as it was."""
+    implementation = SimpleNamespace(sinks=sinks)
+    layer = SimpleNamespace(
+        attn_backend=SimpleNamespace(get_name=lambda: backend),
+        impl=implementation,
+        query_quant=query_quant,
+    )
+    with pytest.raises(SettingsError, match=said):
+        place(layer, [Place("model.layers.0.self_attn.attn", 0, [1], 2, torch.device("cpu"))])
+    assert layer.impl is implementation
 
 
 def test_during_prefill_needs_chunks(deep_llama: Path) -> None:
