@@ -39,7 +39,7 @@ def test_factors_bound_what_is_held_and_budgets_what_is_kept() -> None:
         # Three of thirty layers hold 2,000 tokens, the others 333: 500 on average.
         ("kvdiff-skip/4", 288, 32),
         # Fifteen KV heads of ninety, and 200: 500 on average.
-        ("keydiff-heads/4", 160, 32),
+        ("kvdiff-heads/4", 160, 32),
         # Twelve of thirty, and 333: 1,000 on average.
         ("keydiff-skip/2", 288, 32),
         # Layers of a pyramid have L0 to L0 / 4, 5/8 of it on average: 220 of 352.

@@ -370,7 +370,7 @@ def test_announcement_of_the_demo(demo: str) -> None:
     assert body["model"] == "SmolLM2-135M-Instruct"
     assert "/v1/chat/completions" in text
     for word in (
-        "keydiff",
+        "kvdiff",
         "512",
         "KV heads 7:2, 8:0, ",
         "24:0: every token",

@@ -5,7 +5,7 @@ stock-capped             the same with no more requests at once than the pool ho
 fp8                      stock with an 8-bit KV cache
 knorm/8                  a flat budget of an eighth of the request's tokens
 knorm@512                a flat budget of 512 tokens
-keydiff-heads/4          keydiff; fifteen KV heads keep everything, the bundled model's default,
+kvdiff-heads/4           kvdiff; fifteen KV heads keep everything, the bundled model's default,
                          and the others so much that the mean is a quarter
 kvdiff-skip/4, keydiff-skip/2    three whole layers, and twelve
 pyramid/4                on average a quarter, the first layers more
@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.harness.engines import BLOCK_SIZE
 from vllm_kvcompress.bands import keep_ratio
-from vllm_kvcompress.bundled import HEADS_METHOD, KV_HEADS, LAYERS, SKIP_HEADS, SKIP_LAYERS
+from vllm_kvcompress.bundled import KV_HEADS, LAYERS, SKIP_HEADS, SKIP_LAYERS
 
 PYRAMID_BETA = 4.0
 INTERVAL_SHARE = 1 / 16
@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "kvdiff": {"method": "kvdiff"},
     "kvdiff-skip": {"method": "kvdiff", "skip_layers": list(SKIP_LAYERS)},
     "keydiff-skip": {"method": "keydiff", "skip_layers": HALF_WHOLE},
-    "keydiff-heads": {"method": HEADS_METHOD, "skip_heads": SKIP_HEADS},
+    "kvdiff-heads": {"method": "kvdiff", "skip_heads": SKIP_HEADS},
     "streaming": {"method": "streaming"},
     "pyramid": {"method": "knorm", "pyramid_beta": PYRAMID_BETA, "bands": 6},
     "during": {"method": "knorm", "phase": "during_prefill"},

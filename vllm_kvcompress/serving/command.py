@@ -81,11 +81,11 @@ def serve_parser() -> Any:
 
 
 def _sensitive(values: argparse.Namespace) -> dict[str, Any]:
-    """What suits the bundled model: whole heads where the backend is known to take some of them."""
+    """What the bundled model keeps whole: heads where the backend is known to take some of them."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and values.tensor_parallel_size == 1:
-        return {"method": bundled.HEADS_METHOD, "skip_heads": bundled.SKIP_HEADS}
+        return {"skip_heads": bundled.SKIP_HEADS}
     return {"skip_layers": list(bundled.SKIP_LAYERS)}
 
 
@@ -158,7 +158,7 @@ def build_command(raw: dict[str, Any], rest: Sequence[str], inspected: Inspected
     merged = {**given_settings, **raw}
     one_group = values.disable_hybrid_kv_cache_manager
     if inspected.model is None and not one_group and not LAYER_CHOICES & merged.keys():
-        merged = _sensitive(values) | merged
+        merged |= _sensitive(values)
     settings = parse_settings(merged)
 
     argv = list(rest)
