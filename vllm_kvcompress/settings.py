@@ -30,7 +30,7 @@ class Settings(BaseModel):
     """What to compress, how far and when.
 
     Token counts are per request and per layer; every KV head keeps the same number of
-    tokens, each its own choice of them.
+    tokens, each its own choice of them, but for those in ``skip_heads``, which keep all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

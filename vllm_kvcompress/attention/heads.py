@@ -181,7 +181,8 @@ def place(layer: Any, places: Sequence[Place]) -> None:
 def builders_by_heads(builder: Any, counts: Sequence[int]) -> dict[int, Any]:
     """Builders of a backend's metadata for fewer KV heads, by their number.
 
-    Only metadata of the CPU backend depends on it: a plan of the work, by heads.
+    Only metadata of the CPU backend depends on it: a plan of the work, made by heads. (On x86-64
+    without AMX a plan for more heads gave the same numbers; nothing promises that elsewhere.)
 
     Parameters
     ----------
