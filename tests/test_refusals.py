@@ -10,10 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_kvcompress.attention.heads import Place, place
+from vllm_kvcompress.attention.heads import check
 from vllm_kvcompress.config import SCHEDULERS, WORKERS
 from vllm_kvcompress.settings import SettingsError
 
@@ -142,26 +141,41 @@ def test_heads_stay_on_their_rank(deep_llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "sinks", "query_quant", "said"),
+    ("changed", "said"),
     [
-        ("FLASH_ATTN", None, None, "attention backend FLASH_ATTN yet; choose CPU_ATTN or TRITON"),
-        ("TRITON_ATTN", object(), None, "attention sinks"),
-        ("TRITON_ATTN", None, object(), "quantized queries"),
+        ({"backend": "FLASH_ATTN"}, "backend FLASH_ATTN yet; choose CPU_ATTN or TRITON_ATTN with"),
+        ({"sinks": object()}, "attention sinks; use skip_layers"),
+        ({"query_quant": object()}, "quantized queries, .* kv_cache_dtype=fp8; use skip_layers"),
+        ({"fused": True}, "fused with the rotary embedding"),
+        ({"kv_heads": 4}, "layers.0 has 4 KV heads here, not the 2 of the model"),
     ],
 )
-def test_attention_that_was_not_tried_with_heads(
-    backend: str, sinks: object, query_quant: object, said: str
-) -> None:
-    """The layer is left as it was."""
-    implementation = SimpleNamespace(sinks=sinks)
-    layer = SimpleNamespace(
-        attn_backend=SimpleNamespace(get_name=lambda: backend),
-        impl=implementation,
-        query_quant=query_quant,
-    )
+def test_attention_that_was_not_tried_with_heads(changed: dict[str, Any], said: str) -> None:
+    def layer(
+        backend: str = "TRITON_ATTN",
+        sinks: object = None,
+        query_quant: object = None,
+        fused: bool = False,
+        kv_heads: int = 2,
+    ) -> SimpleNamespace:
+        return SimpleNamespace(
+            layer_name="layers.0",
+            attn_backend=SimpleNamespace(get_name=lambda: backend),
+            impl=SimpleNamespace(sinks=sinks, fused_rope_kvcache_supported=lambda: fused),
+            query_quant=query_quant,
+            kv_cache_dtype="fp8",
+            num_kv_heads=kv_heads,
+        )
+
+    check(layer(), 2)
     with pytest.raises(SettingsError, match=said):
-        place(layer, [Place("model.layers.0.self_attn.attn", 0, [1], 2, torch.device("cpu"))])
-    assert layer.impl is implementation
+        check(layer(**changed), 2)
+
+
+def test_outputs_quantized_within_attention(deep_llama: Path) -> None:
+    fused = {"pass_config": {"fuse_attn_quant": True}}
+    with pytest.raises(SettingsError, match="fuse_attn_quant"):
+        config_of(deep_llama, {"skip_heads": "3:0,7:1"}, compilation_config=fused)
 
 
 def test_during_prefill_needs_chunks(deep_llama: Path) -> None:

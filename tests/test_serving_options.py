@@ -435,7 +435,8 @@ def test_example_request(argv: list[str], expected: str) -> None:
 def test_layer_count_only_where_it_is_certain(tmp_path: Path) -> None:
     from transformers import MistralConfig
 
-    assert announce.uniform_layers(model(tmp_path / "plain", layers=12)) == (12, 32)
+    plain = model(tmp_path / "plain", layers=12, num_key_value_heads=8)
+    assert announce.uniform_layers(plain) == (12, 8)
     assert announce.uniform_layers(str(tmp_path / "nowhere")) is None
     MistralConfig(sliding_window=64).save_pretrained(tmp_path / "sliding")
     assert announce.uniform_layers(str(tmp_path / "sliding")) is None

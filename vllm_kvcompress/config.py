@@ -59,6 +59,8 @@ def fill_in(config: VllmConfig, settings: Settings) -> None:
         For anything that is not supported.
     """
     _refuse(config)
+    if settings.skip_heads:
+        _refuse_heads(config)
     if settings.phase == "during_prefill" and not config.scheduler_config.enable_chunked_prefill:
         raise SettingsError(
             "kvcompress: phase=during_prefill needs chunked prefill, which is off for this "
@@ -109,6 +111,20 @@ def _refuse(config: VllmConfig) -> None:
             raise SettingsError(f"kvcompress: {name} cannot be combined with compression yet.")
 
 
+def _refuse_heads(config: VllmConfig) -> None:
+    """Refuse what ``skip_heads`` in particular does not work with."""
+    if config.parallel_config.tensor_parallel_size > 1:
+        raise SettingsError(
+            "kvcompress: skip_heads cannot be combined with tensor parallelism yet: heads change "
+            "places, and those of other ranks are out of reach; use skip_layers."
+        )
+    if config.compilation_config.pass_config.fuse_attn_quant:
+        raise SettingsError(
+            "kvcompress: skip_heads cannot be combined with attention outputs that are quantized "
+            "within attention (fuse_attn_quant); use skip_layers."
+        )
+
+
 def _check_bands(config: VllmConfig, settings: Settings) -> None:
     """Refuse a model or a choice of bands that cannot work before any weight is loaded."""
     kinds = set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())
@@ -123,11 +139,6 @@ def _check_bands(config: VllmConfig, settings: Settings) -> None:
     num_layers = config.model_config.get_num_layers(config.parallel_config)
     longest = config.model_config.max_model_len
     kv_heads = config.model_config.get_total_num_kv_heads()
-    if settings.skip_heads and config.parallel_config.tensor_parallel_size > 1:
-        raise SettingsError(
-            "kvcompress: skip_heads cannot be combined with tensor parallelism yet: heads change "
-            "places, and those of other ranks are out of reach; use skip_layers."
-        )
     bands = plan_bands(settings, num_layers, block_size, longest=longest, kv_heads=kv_heads)
     largest_limits(settings, num_layers, block_size, longest, kv_heads)
     if len(bands) > 1 and config.scheduler_config.disable_hybrid_kv_cache_manager:

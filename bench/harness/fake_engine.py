@@ -167,7 +167,11 @@ def layer_specs(engine: Engine) -> dict[str, KVCacheSpec]:
         return dict.fromkeys(names, full)
     settings = parse_settings(engine.settings)
     bands = plan_bands(
-        settings, engine.model.layers, engine.block_size, longest=engine.max_model_len
+        settings,
+        engine.model.layers,
+        engine.block_size,
+        longest=engine.max_model_len,
+        kv_heads=engine.model.kv_heads,
     )
     return {
         names[layer]: CompressedAttentionSpec.from_full(

@@ -91,5 +91,5 @@ def whole_share(model: str, options: Sequence[str], bundled: bool) -> float:
     heads = uniform_layers(model)
     if heads is None:
         return 0.0
-    skipped = len(settings.skip_layers) + len(settings.skip_heads) / heads.kv_heads
+    skipped = len(settings.skip_layers) + len(settings.skip_heads) / (heads.kv_heads or 1)
     return skipped / heads.layers

@@ -7,7 +7,7 @@ from typing import NamedTuple
 DECODE_HEAVY = (1000, 1000)
 SWEPT = (
     *("stock", "stock-capped", "fp8", "knorm/8", "knorm/4", "knorm/2", "pyramid/8", "pyramid/4"),
-    *("kvdiff-heads/4", "during/8", "merge/4", "knorm+fp8/8", "knorm+fp8/4"),
+    *("kvdiff-skip/4", "during/8", "merge/4", "knorm+fp8/8", "knorm+fp8/4"),
 )
 
 

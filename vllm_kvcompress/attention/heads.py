@@ -9,7 +9,7 @@ Upstream plan: none yet; vLLM would need KV cache specs of heads instead of laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class Place:
     group_size : int
         Query heads of a KV head.
     device : torch.device
+    planned : bool
+        Whether metadata for so many heads is a part of the group's metadata.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Place:
         heads: Sequence[int],
         group_size: int,
         device: torch.device,
+        planned: bool = False,
     ) -> None:
         self.name = name
+        self.planned = planned
         self.slots = slice(first, first + len(heads))
         self.count = len(heads)
         self.heads = torch.tensor(heads, device=device)
@@ -123,7 +127,7 @@ class PlacedHeads(Base):
         attn_metadata : Any
             Of the layer's group; ``None`` in warm-ups.
         output_scale, output_block_scale : torch.Tensor or None
-            For quantized outputs, which backends that split heads do not have.
+            For quantized outputs, which are refused at start-up.
         """
         if attn_metadata is None:
             return super().forward(
@@ -138,7 +142,7 @@ class PlacedHeads(Base):
                 key.index_select(1, place.heads),
                 value.index_select(1, place.heads),
                 pages[:, place.slots],
-                getattr(metadata, BY_HEADS, {}).get(place.count, metadata),
+                getattr(metadata, BY_HEADS)[place.count] if place.planned else metadata,
                 torch.empty_like(own, dtype=output.dtype),
                 output_scale,
                 output_block_scale,
@@ -147,13 +151,14 @@ class PlacedHeads(Base):
         return output
 
 
-def place(layer: Any, places: Sequence[Place]) -> None:
-    """Make a layer attend to heads that lie in pages of several layers, in place.
+def check(layer: Any, kv_heads: int) -> None:
+    """Refuse layers whose heads cannot lie in pages of other layers.
 
     Parameters
     ----------
     layer : Attention
-    places : sequence of Place
+    kv_heads : int
+        Of a layer, by the model's configuration.
 
     Raises
     ------
@@ -167,15 +172,52 @@ def place(layer: Any, places: Sequence[Place]) -> None:
             f"choose {' or '.join(BACKENDS)} with --attention-backend, or use skip_layers."
         )
     if getattr(layer.impl, "sinks", None) is not None:
-        raise SettingsError("kvcompress: skip_heads cannot be combined with attention sinks.")
+        raise SettingsError(
+            "kvcompress: skip_heads cannot be combined with attention sinks; use skip_layers."
+        )
     if layer.query_quant is not None:
-        raise SettingsError("kvcompress: skip_heads cannot be combined with quantized queries.")
+        raise SettingsError(
+            "kvcompress: skip_heads cannot be combined with quantized queries, which this backend "
+            f"has with kv_cache_dtype={layer.kv_cache_dtype}; use skip_layers or another type."
+        )
+    for fused in ("fused_rope_kvcache_supported", "fused_qk_norm_rope_kvcache_supported"):
+        if getattr(layer.impl, fused, bool)():
+            # It would write past us, all heads into the layer's own pages.
+            raise SettingsError(
+                "kvcompress: skip_heads cannot be combined with cache updates that are fused with "
+                "the rotary embedding (ROCm with AITER); use skip_layers."
+            )
+    if layer.num_kv_heads != kv_heads:
+        raise SettingsError(
+            f"kvcompress: skip_heads cannot be used: {layer.layer_name} has {layer.num_kv_heads} "
+            f"KV heads here, not the {kv_heads} of the model; use skip_layers."
+        )
+
+
+def place(layer: Any, places: Sequence[Place]) -> None:
+    """Make a layer attend to heads that lie in pages of several layers, in place.
+
+    Parameters
+    ----------
+    layer : Attention
+        That :func:`check` did not refuse.
+    places : sequence of Place
+    """
     cls = type(layer.impl)
     placed_cls = type(f"KVCompress{cls.__name__}", (PlacedHeads, cls), {})
     # Not by __class__: implementations differ from the mixin in the layout of their objects.
     placed: Any = object.__new__(placed_cls)
     placed.__dict__.update(vars(layer.impl), places=tuple(places))
     layer.impl = placed
+
+
+def restore(layers: Iterable[Any]) -> None:
+    """Give layers back the implementation that :func:`place` exchanged."""
+    for layer in layers:
+        if isinstance(impl := getattr(layer, "impl", None), PlacedHeads):
+            stock: Any = object.__new__(type(impl).__mro__[2])
+            stock.__dict__.update(vars(impl))
+            layer.impl = stock
 
 
 def builders_by_heads(builder: Any, counts: Sequence[int]) -> dict[int, Any]:

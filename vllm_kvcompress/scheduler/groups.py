@@ -95,7 +95,7 @@ def check_groups(
         vllm_config.cache_config.block_size,
     )
     if settings.skip_heads:
-        held = ", ".join(map(str, sorted(bands[-1])))
+        held = ", ".join(map(str, sorted(set(bands[-1]) - set(settings.skip_layers))))
         logger.info(
             "kvcompress: %d KV heads keep every token; they lie in the pages of layers %s, and "
             "those layers' other heads where these came from.",

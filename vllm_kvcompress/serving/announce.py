@@ -78,7 +78,7 @@ def describe_compression(command: Command) -> str:
     if not command.settings.enabled:
         return "Compression is off: stock vLLM."
     heads = uniform_layers(command.model)
-    if heads is None:
+    if heads is None or (command.settings.skip_heads and heads.kv_heads is None):
         return "What is compressed depends on the model's layers; vLLM's start-up log will say."
     from vllm.config import CacheConfig
 
@@ -86,14 +86,14 @@ def describe_compression(command: Command) -> str:
     from vllm_kvcompress.serving.summary import describe
 
     block_size = default_block_size(command.values.block_size) or CacheConfig.DEFAULT_BLOCK_SIZE
-    return describe(command.settings, heads.layers, block_size, heads.kv_heads)
+    return describe(command.settings, heads.layers, block_size, heads.kv_heads or 1)
 
 
 class Heads(NamedTuple):
-    """Layers of a model and the KV heads of each."""
+    """Layers of a model and the KV heads of each, where its configuration says how many."""
 
     layers: int
-    kv_heads: int
+    kv_heads: int | None
 
 
 def uniform_layers(model: str) -> Heads | None:
@@ -122,8 +122,8 @@ def uniform_layers(model: str) -> Heads | None:
     if kinds != {"full_attention"} or getattr(text, "sliding_window", None):
         return None
     count = getattr(text, "num_hidden_layers", None)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    return Heads(count, heads or 1) if isinstance(count, int) else None
+    heads = getattr(text, "num_key_value_heads", None)
+    return Heads(count, heads) if isinstance(count, int) else None
 
 
 def example_request(command: Command, url: str, name: str) -> str:

@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
-from vllm_kvcompress.attention.heads import Place, builders_by_heads, place
+from vllm_kvcompress.attention.heads import Place, builders_by_heads, check, place, restore
 from vllm_kvcompress.attention.holes import HoleCounts
 from vllm_kvcompress.bands import largest_limits, plan_bands
 from vllm_kvcompress.heads import places
@@ -82,6 +82,14 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
     bands = plan_bands(
         settings, num_layers, block_size, sorted(eligible), longest=longest, kv_heads=kv_heads
     )
+    moving = places(settings, num_layers, kv_heads).keys()
+    if missing := sorted(({layer for layer, _ in settings.skip_heads} | moving) - eligible.keys()):
+        raise SettingsError(
+            f"kvcompress: skip_heads cannot be used: layers {missing} of this model have no cache "
+            "that can be compressed; use skip_layers."
+        )
+    for layer in moving:
+        check(layers[eligible[layer]], kv_heads)
     largest = largest_limits(settings, num_layers, block_size, longest, kv_heads)
     result = dict(specs)
     for band in bands:
@@ -130,6 +138,7 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     config: VllmConfig = runner.vllm_config
     settings = parse_settings(config.additional_config[CONFIG_KEY])
     layers = config.compilation_config.static_forward_context
+    restore(layers.values())  # A cache that is made anew is learned anew.
     _check_groups(runner.get_kv_cache_spec(), runner.kv_cache_config.kv_cache_groups)
     # The V2 runner has no list of them, and puts them into their target's group.
     shared = {
@@ -170,7 +179,7 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
             )
         groups[index] = band_pages(of_group)
         names += group.layer_names
-    _place_heads(runner, settings)
+    names += _place_heads(runner, settings, shared)
     pages = next(iter(groups.values()))
     _, heads, dim = pages.shape
     total = config.model_config.get_total_num_kv_heads()
@@ -188,8 +197,8 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     return WorkerState(compactor, holes)
 
 
-def _place_heads(runner: Any, settings: Settings) -> None:
-    """Make layers find their heads where ``skip_heads`` puts them.
+def _place_heads(runner: Any, settings: Settings, shared: set[str]) -> list[str]:
+    """Make layers find their heads where ``skip_heads`` puts them; the names of these layers.
 
     After the pages were learned: that writes all heads of a layer into its own.
     """
@@ -201,16 +210,30 @@ def _place_heads(runner: Any, settings: Settings) -> None:
     names = {extract_layer_index(name): name for name in groups}
     kv_heads = config.model_config.get_total_num_kv_heads()
     counts: dict[int, set[int]] = defaultdict(set)
-    for index, parts in places(settings, len(names), kv_heads).items():
-        layer = layers[names[index]]
-        size = layer.num_heads // layer.num_kv_heads
-        device = layer.kv_cache.device
-        place(layer, [Place(names[p.layer], p.first, p.heads, size, device) for p in parts])
+    num_layers = config.model_config.get_num_layers(config.parallel_config)
+    placed = places(settings, num_layers, kv_heads)
+    if sharing := shared & {names[index] for index in placed}:
+        raise SettingsError(
+            f"kvcompress: layers {sorted(sharing)} share their cache with other layers, "
+            "which cannot be combined with skip_heads."
+        )
+    for parts in placed.values():
         for part in parts:
             counts[id(groups[names[part.layer]])].add(len(part.heads))
     for group in groups.values():
         if sizes := counts.get(id(group)):
             group.by_heads = builders_by_heads(group.metadata_builders[0], sorted(sizes))
+    for index, parts in placed.items():
+        layer = layers[names[index]]
+        size = layer.num_heads // layer.num_kv_heads
+        device = layer.kv_cache.device
+        own = []
+        for part in parts:
+            planned = len(part.heads) in groups[names[part.layer]].by_heads
+            name = names[part.layer]
+            own.append(Place(name, part.first, part.heads, size, device, planned))
+        place(layer, own)
+    return [names[index] for index in placed]
 
 
 def band_pages(layers: Mapping[int, LayerPages]) -> BandPages:
