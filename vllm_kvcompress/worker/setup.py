@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
 from vllm_kvcompress.attention.group import CompressedAttentionGroup
-from vllm_kvcompress.attention.heads import Place, builders_by_heads, check, place, restore
+from vllm_kvcompress.attention.heads import check, restore
 from vllm_kvcompress.attention.holes import HoleCounts
 from vllm_kvcompress.bands import largest_limits, plan_bands
 from vllm_kvcompress.heads import places
@@ -24,6 +23,7 @@ from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
 from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_settings
 from vllm_kvcompress.worker.band import BandPages
 from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.heads import place_heads
 from vllm_kvcompress.worker.merger import Merger
 from vllm_kvcompress.worker.pages import LayerPages
 from vllm_kvcompress.worker.rotary import learn_rotation
@@ -179,7 +179,7 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
             )
         groups[index] = band_pages(of_group)
         names += group.layer_names
-    names += _place_heads(runner, settings, shared)
+    names += place_heads(runner, settings, shared)
     pages = next(iter(groups.values()))
     _, heads, dim = pages.shape
     total = config.model_config.get_total_num_kv_heads()
@@ -195,45 +195,6 @@ def connect(runner: Any, widths: list[int], holes_by_slot: bool) -> WorkerState:
     pooling = None if compactor.merger is None else compactor.merger.pooling
     pages.warm_up(pooling, rotation, ranked=MERGING.get(settings.method) is not None)
     return WorkerState(compactor, holes)
-
-
-def _place_heads(runner: Any, settings: Settings, shared: set[str]) -> list[str]:
-    """Make layers find their heads where ``skip_heads`` puts them; the names of these layers.
-
-    After the pages were learned: that writes all heads of a layer into its own.
-    """
-    config: VllmConfig = runner.vllm_config
-    layers = config.compilation_config.static_forward_context
-    groups = {
-        name: group for part in runner.attn_groups for group in part for name in group.layer_names
-    }
-    names = {extract_layer_index(name): name for name in groups}
-    kv_heads = config.model_config.get_total_num_kv_heads()
-    counts: dict[int, set[int]] = defaultdict(set)
-    num_layers = config.model_config.get_num_layers(config.parallel_config)
-    placed = places(settings, num_layers, kv_heads)
-    if sharing := shared & {names[index] for index in placed}:
-        raise SettingsError(
-            f"kvcompress: layers {sorted(sharing)} share their cache with other layers, "
-            "which cannot be combined with skip_heads."
-        )
-    for parts in placed.values():
-        for part in parts:
-            counts[id(groups[names[part.layer]])].add(len(part.heads))
-    for group in groups.values():
-        if sizes := counts.get(id(group)):
-            group.by_heads = builders_by_heads(group.metadata_builders[0], sorted(sizes))
-    for index, parts in placed.items():
-        layer = layers[names[index]]
-        size = layer.num_heads // layer.num_kv_heads
-        device = layer.kv_cache.device
-        own = []
-        for part in parts:
-            planned = len(part.heads) in groups[names[part.layer]].by_heads
-            name = names[part.layer]
-            own.append(Place(name, part.first, part.heads, size, device, planned))
-        place(layer, own)
-    return [names[index] for index in placed]
 
 
 def band_pages(layers: Mapping[int, LayerPages]) -> BandPages:
