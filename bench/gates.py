@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.methods import Told
-from vllm_kvcompress.check.attention import attend, own_attention
+from vllm_kvcompress.check.attention import attend, causal_mask, own_attention
 from vllm_kvcompress.check.dense import Context, Shape, cache_of, compute, kept_of
 from vllm_kvcompress.methods import Method
 
@@ -85,8 +85,7 @@ def mix(
     kv_heads, queries, tokens = key.shape[1], query.shape[2], key.shape[2]
     grouped = query.unflatten(1, (kv_heads, -1))  # [1, kv_heads, group, queries, head_dim]
     logits = (grouped @ key[:, :, None].transpose(-2, -1)) * scale
-    seen = torch.ones(queries, tokens, dtype=torch.bool, device=query.device)
-    seen = seen.tril(tokens - queries)  # the last query sees all
+    seen = causal_mask(queries, tokens, query.device)
     stays = F.pad(kept, (0, tokens - kept.shape[1]), value=True)[:, None, None]
     whole = logits.masked_fill(~seen, -torch.inf).softmax(dim=-1)
     small = logits.masked_fill(~(seen & stays), -torch.inf).softmax(dim=-1)

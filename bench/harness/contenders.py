@@ -24,6 +24,8 @@ from typing import Any
 from bench.harness.engines import BLOCK_SIZE
 from vllm_kvcompress.bands import keep_ratio
 from vllm_kvcompress.bundled import KV_HEADS, LAYERS, SKIP_HEADS, SKIP_LAYERS
+from vllm_kvcompress.heads import whole_layers
+from vllm_kvcompress.settings import parse_settings
 
 PYRAMID_BETA = 4.0
 INTERVAL_SHARE = 1 / 16
@@ -121,8 +123,7 @@ def contender(name: str, tokens: int) -> Contender:
 
 def _whole_share(kind: dict[str, Any]) -> float:
     """Share of the bundled model's cache that keeps every token."""
-    heads = len(kind.get("skip_heads", "").split(",")) if "skip_heads" in kind else 0
-    return (len(kind.get("skip_layers", ())) + heads / KV_HEADS) / LAYERS
+    return len(whole_layers(parse_settings(kind), LAYERS, KV_HEADS)) / LAYERS
 
 
 def with_budgets(names: Iterable[str], budgets: Iterable[int]) -> tuple[str, ...]:

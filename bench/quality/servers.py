@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.quality.plan import Plan
+from vllm_kvcompress.heads import whole_layers
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.serving.announce import uniform_layers
 from vllm_kvcompress.serving.command import build_command, inspect_arguments
@@ -46,7 +47,7 @@ class OwnServer:
 def own_servers(plan: Plan, model: str, arguments: argparse.Namespace) -> list[OwnServer]:
     """Servers for a plan: of each variant one for all methods that evict, and one per other.
 
-    The bundled model is served with its own default, which skips layers, and then, as the
+    The bundled model is served with its own default, which keeps heads whole, and then, as the
     variant `FLAT`, with all layers alike. Another model, or options of the user's, are served
     as they are.
 
@@ -91,5 +92,4 @@ def whole_share(model: str, options: Sequence[str], bundled: bool) -> float:
     heads = uniform_layers(model)
     if heads is None:
         return 0.0
-    skipped = len(settings.skip_layers) + len(settings.skip_heads) / (heads.kv_heads or 1)
-    return skipped / heads.layers
+    return len(whole_layers(settings, heads.layers, heads.kv_heads or 1)) / heads.layers

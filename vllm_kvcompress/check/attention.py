@@ -66,6 +66,11 @@ def own_attention(
         model.set_attn_implementation(before)
 
 
+def causal_mask(queries: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """What each of the last tokens sees, ``[queries, tokens]``, bool: the last one sees all."""
+    return torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -88,8 +93,7 @@ def attend(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1
         )
         return output.transpose(1, 2).contiguous(), None
-    seen = torch.ones(queries, tokens, dtype=torch.bool, device=query.device)
-    seen = seen.tril(tokens - queries)  # the last query sees all
+    seen = causal_mask(queries, tokens, query.device)
     if noted is None:
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=seen, scale=scaling, enable_gqa=group > 1

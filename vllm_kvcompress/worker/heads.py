@@ -63,8 +63,8 @@ def place_heads(runner: Any, settings: Settings, shared: set[str]) -> list[str]:
         device = layer.kv_cache.device
         own = []
         for part in parts:
-            planned = len(part.heads) in groups[names[part.layer]].by_heads
             name = names[part.layer]
+            planned = len(part.heads) in groups[name].by_heads
             own.append(Place(name, part.first, part.heads, size, device, planned))
         place(layer, own)
     return [names[index] for index in placed]
