@@ -14,7 +14,6 @@ interrupted goes on with the same cases, but without the optimizer's moments, so
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections import defaultdict
@@ -28,12 +27,11 @@ from bench.gates import Lesson, divergence, gated_attention, make_lesson
 from bench.layers import USUAL
 from bench.methods import told
 from bench.quality.tasks import TASKS, prompt_ids
-from bench.rows import SETTINGS, chosen, known_rows, read_rows, search_parser
+from bench.rows import SETTINGS, add_rows, chosen, known_rows, read_rows, search_parser
 from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.check.__main__ import load
 from vllm_kvcompress.check.dense import Shape
 from vllm_kvcompress.methods import METHODS
-from vllm_kvcompress.settings import parse_settings
 
 START = 0.5
 RATE = 0.04
@@ -47,9 +45,7 @@ TOLD = 0.05
 
 def make_lessons(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[Lesson]:
     """Cases that the model answers with its full cache."""
-    defaults = parse_settings({})
-    shape = Shape(defaults.sink_tokens, defaults.recent_tokens)
-    method = METHODS[args.method]()
+    shape, method = Shape.usual(), METHODS[args.method]()
     lessons: list[Lesson] = []
     for task in args.tasks:
         # Free text is hardly ever repeated to the letter, yet its tokens tell.
@@ -197,12 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if last and last["step"] >= args.steps:
         return 0
     model, tokenizer = load(str(args.model or model_directory()), "float32", "cpu")
-    with gated_attention(model), args.rows.open("a") as file:
+    with gated_attention(model):
         lessons = make_lessons(model, tokenizer, args)
-        for row in learn(model, lessons, args.penalty, args.steps, args.seed, last):
-            print(json.dumps(row | {"of": of}), file=file, flush=True)
-            told_of = f"step {row['step']}: KL {row['kl']:.4f}, gates {row['mean']:.3f}"
-            print(told_of, file=sys.stderr, flush=True)
+        rows = learn(model, lessons, args.penalty, args.steps, args.seed, last)
+        add_rows(args.rows, rows, of, "step {step}: KL {kl:.4f}, gates {mean:.3f}")
     return 0
 
 

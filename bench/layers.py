@@ -14,7 +14,6 @@ first, until one stays the cheapest, at most ``TRIES`` of them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +23,12 @@ from typing import Any
 
 from bench.methods import LEFT_OUT, Told, evaluate, told
 from bench.quality.tasks import TASKS, prompt_ids
-from bench.rows import chosen, known_rows, read_rows, search_parser
+from bench.rows import add_rows, chosen, known_rows, read_rows, search_parser
 from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.check.__main__ import load
 from vllm_kvcompress.check.attention import own_attention
 from vllm_kvcompress.check.dense import Context, Shape, compress, compute
 from vllm_kvcompress.methods import METHODS
-from vllm_kvcompress.settings import parse_settings
 
 TRIES = 6
 USUAL = tuple(task for task in TASKS if task not in (*LEFT_OUT, "vt_1", "niah_single_1"))
@@ -69,9 +67,7 @@ class Item:
 
 def make_items(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[Item]:
     """Cases that the model answers at all with its full cache, computed and compressed."""
-    defaults = parse_settings({})
-    shape = Shape(defaults.sink_tokens, defaults.recent_tokens)
-    method = METHODS[args.method]()
+    shape, method = Shape.usual(), METHODS[args.method]()
     items = []
     for task in args.tasks:
         for case in TASKS[task].cases(args.count, args.tokens, tokenizer, args.seed):
@@ -202,12 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of = chosen(args)
     known = known_rows(parser, args, of)
     model, tokenizer = load(str(args.model or model_directory()), "float32", "cpu")
-    with own_attention(model), args.rows.open("a") as file:
+    with own_attention(model):
         items = make_items(model, tokenizer, args)
-        for row in run(model, items, known, args.least):
-            print(json.dumps(row | {"of": of}), file=file, flush=True)
-            told_of = f"step {row['step']}: layer {row['layer']}, {row['mean']:.4f}"
-            print(told_of, file=sys.stderr, flush=True)
+        rows = run(model, items, known, args.least)
+        add_rows(args.rows, rows, of, "step {step}: layer {layer}, {mean:.4f}")
     return 0
 
 

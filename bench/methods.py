@@ -15,7 +15,7 @@ contenders, because answers are not generated but fed:
 * ``logprob``: mean log-probability of the answers' tokens, in nats. For ``lm``, which has no
   question, of how the text goes on; ``score`` is the share of its tokens that are greedy.
 
-A contender is a method, or one with settings: ``keydiff:sinks=0,recent=32,beta=2,skip=0+1``.
+A contender is a method, or one with settings, as ``keydiff:sinks=0,recent=32,ratio=0.5,skip=0+1``.
 All contenders keep equally many tokens in the mean over layers, also with a pyramid (``beta``)
 or layers that keep everything (``skip``): the others then keep fewer.
 """
@@ -70,16 +70,17 @@ class Contender:
         """
         method, _, rest = name.partition(":")
         given = dict(part.split("=", 1) for part in rest.split(",") if "=" in part)
-        unknown = set(given) - {"sinks", "recent", "beta", "skip"}
+        unknown = set(given) - {"sinks", "recent", "ratio", "beta", "skip"}
         if method not in METHODS or unknown or (rest and not given):
             raise ValueError(
                 f"{name} is no contender; methods are {', '.join(METHODS)}, keys are sinks, "
-                "recent, beta and skip, as in keydiff:recent=0,skip=0+1."
+                "recent, ratio, beta and skip, as in keydiff:recent=0,skip=0+1."
             )
         defaults = parse_settings({})
         shape = Shape(
             int(given.get("sinks", defaults.sink_tokens)),
             int(given.get("recent", defaults.recent_tokens)),
+            float(given.get("ratio", defaults.recent_ratio)),
         )
         skip = tuple(int(layer) for layer in given.get("skip", "").split("+") if layer)
         return cls(name, method, shape, float(given.get("beta", 1)), skip)

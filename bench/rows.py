@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,25 @@ def known_rows(
     parser: argparse.ArgumentParser, args: argparse.Namespace, of: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Rows that a search can go on with; an error of the command if there is no file for them,
-    or rows of other settings.
+    none can be written, or it has rows of other settings.
     """
     if not args.rows:
         parser.error("--rows or --table is needed")
+    try:
+        args.rows.open("a").close()
+    except OSError as error:
+        parser.error(f"rows cannot be added to {args.rows}: {error.strerror}")
     known = read_rows(args.rows)
     if any(row["of"] != of for row in known):
         parser.error(f"{args.rows} has rows of other settings: {known[0]['of']}")
     return known
+
+
+def add_rows(file: Path, rows: Iterable[dict[str, Any]], of: dict[str, Any], told: str) -> None:
+    """Add rows to a file as they come, with what they have in common; ``told`` is the line to
+    print of each, with the names of its fields.
+    """
+    with file.open("a") as out:
+        for row in rows:
+            print(json.dumps(row | {"of": of}), file=out, flush=True)
+            print(told.format(**row), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, floor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vllm_kvcompress.bands import Limits
@@ -97,7 +97,7 @@ def expected_plans(
             if base:
                 limits = replace(limits, sinks=0)
             live = position - removed[group] - base * size
-            old = max(0, live - limits.recent) // size
+            old = max(0, live - window(limits, position, base * size)) // size
             rest = live - old * size
             if limits.budget is None:
                 share = ceil(limits.ratio * (position - base * size))
@@ -113,6 +113,15 @@ def expected_plans(
                 plans.append(plan)
                 removed[group] += (old - kept) * size
     return plans
+
+
+def window(limits: Limits, position: int, base: int) -> int:
+    """Latest tokens that stay: of the tokens kept a share, if it fits beside what must stay."""
+    kept = limits.budget
+    if kept is None:
+        kept = ceil(limits.ratio * (position - base))
+    beside = least_blocks(limits, position) * limits.block_size + limits.block_size - 1
+    return max(limits.recent, min(floor(kept * limits.recent_share), kept - beside))
 
 
 def least_blocks(limits: Limits, position: int) -> int:

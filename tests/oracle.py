@@ -37,14 +37,19 @@ budget in tokens and ``f`` its share:
   ``base`` are never touched and do not count; with a base there are no sinks. With a context
   it is 0 up to ``N``, then as in phase ``decode``, and ``keep_ratio`` is a share of ``t - base``.
 * ``n``: live tokens per head, minus ``base``.
-* ``e = max(0, (n - recent_tokens) // bs)``: the oldest ``e * bs`` live tokens after ``base``
+* ``T``: the tokens to keep, ``B``, or with ``keep_ratio`` ``ceil(keep_ratio * f * t)``.
+* ``k_min = max(ceil(sinks / bs), 1)`` blocks stay of the candidates below at least.
+* ``r = max(recent_tokens, min(floor(recent_ratio * T), T - (k_min + 1) * bs + 1))``: a share of
+  what is kept, if sinks and a partial block still fit beside it.
+* ``e = max(0, (n - r) // bs)``: the oldest ``e * bs`` live tokens after ``base``
   are the candidates; the other ``u = n - e * bs`` stay.
-* ``budget``: if ``n > B``, ``k = max((B - u) // bs, ceil(sinks / bs), 1)``.
-* ``keep_ratio``: ``T = ceil(keep_ratio * f * t)``,
-  ``k = max(ceil((T - u) / bs), ceil(sinks / bs), 1)``.
+* ``budget``: if ``n > B``, ``k = max((B - u) // bs, k_min)``.
+* ``keep_ratio``: ``k = max(ceil((T - u) / bs), k_min)``.
 * The band compacts if and only if ``k < e``; then ``k * bs`` of the candidates stay.
-* With the method ``merge`` (see :mod:`merge_oracle`) tokens are slots, and ``k`` is at least
-  ``ceil(sinks / bs) + 1``: sinks have blocks of their own.
+* With the method ``merge`` (see :mod:`merge_oracle`) tokens are slots, and ``k_min`` is
+  ``ceil(sinks / bs) + 1``: sinks have blocks of their own. For ``r`` a block per binary digit of
+  ``t // bs``, at least one, stands in the place of this 1, and with ``knorm+merge`` sinks have a
+  block at least.
 
 Ratios are exact: ``keep_ratio`` and ``pyramid_beta`` are the fractions their decimal
 strings say, ``Fraction(str(value))``.
@@ -263,13 +268,21 @@ def planned_blocks(
     if not settings.enabled or position < settings.prune_after:
         return None
     n = live - base
-    e = max(0, (n - settings.recent_tokens) // block_size)
-    u = n - e * block_size
     sinks = 0 if base else settings.sink_tokens
     sink_blocks = math.ceil(Fraction(sinks, block_size))
     at_least = sink_blocks + 1 if settings.method == "merge" else max(sink_blocks, 1)
+    target = budget
     if settings.keep_ratio is not None:
         target = math.ceil(Fraction(str(settings.keep_ratio)) * share * (position - since))
+    beside = at_least
+    if "merge" in settings.method:
+        beside = sink_blocks if settings.method == "merge" else max(sink_blocks, 1)
+        beside += max(1, len(f"{position // block_size:b}"))
+    recent = math.floor(Fraction(str(settings.recent_ratio)) * target)
+    recent = max(settings.recent_tokens, min(recent, target - (beside + 1) * block_size + 1))
+    e = max(0, (n - recent) // block_size)
+    u = n - e * block_size
+    if settings.keep_ratio is not None:
         k = max(math.ceil(Fraction(target - u, block_size)), at_least)
     elif n > budget:
         k = max((budget - u) // block_size, at_least)

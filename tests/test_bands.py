@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, SlidingWindowSpec
 
-from vllm_kvcompress.bands import MAX_PADDING, Band, Limits, group_layout, plan_bands
+from vllm_kvcompress.bands import MAX_PADDING, Band, Limits, Merging, group_layout, plan_bands
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
 from vllm_kvcompress.settings import Settings, SettingsError
+
+HALF = Fraction(1, 2)
+ALL = Merging(None, count=True)
 
 SHAPE = {"block_size": 32, "num_kv_heads": 1, "head_size": 16, "dtype": torch.float32}
 
@@ -140,7 +143,7 @@ def test_pyramid_counts_skipped_layers() -> None:
 
 def test_flat_budget_is_one_band_rounded_up_to_a_block() -> None:
     (band,) = plan_bands(Settings(budget=500), 30, 32)
-    assert band.limits == Limits(512, None, 4, 64, 32)
+    assert band.limits == Limits(512, None, 4, 64, 32, recent_share=HALF)
     assert band.layers == tuple(range(30))
 
 
@@ -178,6 +181,16 @@ def test_only_eligible_layers_are_planned() -> None:
         (Limits(None, Fraction(1, 2), 0, 32, 16), 161, 161, (8, 3)),  # 81 - 33 untouched
         (Limits(None, Fraction(1, 2), 0, 32, 16), 162, 162, (8, 3)),  # 81 - 34 untouched
         (Limits(None, Fraction(1, 100), 0, 0, 16), 160, 160, (10, 1)),  # never nothing
+        # A share of what is kept is recent: 64 of 128, with 8 untouched beside.
+        (Limits(128, None, 4, 16, 16, None, HALF), 200, 200, (8, 3)),
+        (Limits(64, None, 4, 40, 16, None, HALF), 200, 500, (10, 1)),  # 32 are fewer than 40
+        (Limits(None, HALF, 0, 0, 16, None, HALF), 160, 160, (7, 2)),  # 40 of 80, 8 beside
+        (Limits(None, HALF, 0, 0, 16, None, HALF), 200, 320, (7, 5)),  # 80 of 160, 8 beside
+        # All of it, but for the block that stays and one that is not full.
+        (Limits(128, None, 4, 16, 16, None, Fraction(1)), 200, 200, (6, 1)),  # 97, 7 beside
+        (Limits(96, None, 40, 16, 16, None, HALF), 200, 200, (10, 3)),  # 3 stay: 33, 7 beside
+        # 200 tokens are 12 blocks, four binary digits: 5 stay with the sinks', 97 are recent.
+        (Limits(192, None, 4, 0, 16, ALL, Fraction(1)), 200, 200, (6, 5)),
     ],
 )
 def test_blocks_kept(
@@ -191,11 +204,13 @@ def test_blocks_kept(
     tokens=st.integers(1, 2000),
     recent=st.integers(0, 100),
     size=st.sampled_from([1, 16, 32]),
+    latest=st.fractions(0, 1, max_denominator=10),
 )
 def test_ratio_keeps_at_least_its_share_and_at_most_a_block_more(
-    ratio: Fraction, tokens: int, recent: int, size: int
+    ratio: Fraction, tokens: int, recent: int, size: int, latest: Fraction
 ) -> None:
-    old, kept = Limits(None, ratio, 0, recent, size).blocks_kept(tokens, tokens)
+    limits = Limits(None, ratio, 0, recent, size, None, latest)
+    old, kept = limits.blocks_kept(tokens, tokens)
     if kept < old:
         held = tokens - (old - kept) * size
         share = ceil(ratio * tokens)

@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from check_tools import tiny_model
+from transformers import LlamaForCausalLM
 
 from bench import heads
 from bench.gates import divergence, gated_attention, make_lesson, mix
@@ -27,17 +28,7 @@ IMPORTANT = (1, 1)
 
 def tiny(one_matters: bool = False) -> LlamaForCausalLM:
     """A random Llama; with ``one_matters`` all KV heads but one hardly reach its output."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=KV_HEADS,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_model(LAYERS, initializer_range=0.3)
     if one_matters:
         for layer, head in itertools.product(range(LAYERS), range(KV_HEADS)):
             output = model.model.layers[layer].self_attn.o_proj.weight
@@ -133,7 +124,7 @@ def test_a_gate_is_of_its_own_layer_and_head(model):
 def test_lessons_have_the_answers_tokens(model):
     lesson = lessons_of(model)[0]
     assert lesson.places.tolist() == [2, 3, 4, 5, 6]
-    assert lesson.teacher.shape == (5, 64)
+    assert lesson.teacher.shape == (5, 128)
 
 
 def test_answers_that_the_whole_cache_fails_are_left_out(model):
@@ -256,6 +247,7 @@ def test_rows_of_other_settings_are_refused(tmp_path, capsys, monkeypatch):
         ([], "--rows or --table is needed"),
         (["--choose", "3"], "--choose is of a --table"),
         (["--table", "nowhere.jsonl"], "has no rows"),
+        (["--rows", "nowhere/rows.jsonl"], "cannot be added to nowhere/rows.jsonl: No such file"),
     ],
 )
 def test_what_is_missing_is_said(arguments, message, capsys):

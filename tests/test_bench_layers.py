@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from check_tools import tiny_model
 
 from bench.layers import Item, losses, next_layer, run, table
 from bench.methods import Told, evaluate
@@ -45,17 +45,7 @@ def test_no_more_layers_are_measured_than_tries():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    made = LlamaForCausalLM(config).eval()
+    made = tiny_model(LAYERS)
     with own_attention(made):
         yield made
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from check_tools import tiny_model
 
 from bench.methods import FULL, Contender, Told, evaluate, run, table, told
 from bench.quality.tasks import Case
@@ -28,13 +28,15 @@ CASE = Case("niah", "niah-0", "x" * 120, "What is the number? It is", ("12", "34
 def test_contender_has_the_defaults_of_the_settings():
     contender = Contender.of("keydiff")
     defaults = parse_settings({})
-    assert contender.shape == Shape(defaults.sink_tokens, defaults.recent_tokens)
+    assert contender.shape == Shape(
+        defaults.sink_tokens, defaults.recent_tokens, defaults.recent_ratio
+    )
     assert contender.keep(0.5, 1000, 4) == (500,) * 4
 
 
 def test_contender_reads_its_settings():
-    contender = Contender.of("knorm:sinks=0,recent=8,skip=0+2,beta=2")
-    assert contender.shape == Shape(0, 8)
+    contender = Contender.of("knorm:sinks=0,recent=8,ratio=0.25,skip=0+2,beta=2")
+    assert contender.shape == Shape(0, 8, 0.25)
     assert (contender.method, contender.skip, contender.beta) == ("knorm", (0, 2), 2.0)
 
 
@@ -67,16 +69,7 @@ def test_language_modelling_scores_each_token():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_model(2)
     with own_attention(model):
         yield model
 

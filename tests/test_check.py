@@ -180,6 +180,7 @@ def test_advice_is_the_method_that_may_remove_most():
         "keep_ratio": 0.25,
         "sink_tokens": 4,
         "recent_tokens": 64,
+        "recent_ratio": 0.0,
     }
     assert "up to 50%" in advice.verdicts["knorm"]
 

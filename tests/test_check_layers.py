@@ -89,6 +89,7 @@ def test_the_layer_that_retrieves_is_found_and_skipped(marked_cases):
         "skip_layers": [2],
         "sink_tokens": 4,
         "recent_tokens": 16,
+        "recent_ratio": 0.0,
     }
     assert parse_settings(advice.settings).skip_layers == (2,)
     assert "70% of the cached tokens in the mean" in advice.words[0]
@@ -254,6 +255,7 @@ def test_skipping_is_recommended_where_more_can_be_removed():
         "skip_layers": [7, 18, 23],
         "sink_tokens": 4,
         "recent_tokens": 64,
+        "recent_ratio": 0.0,
     }
     assert advice.words[0].startswith(
         "kvdiff may remove 75% of the cached tokens in the mean over all layers if layers 7, 18 "

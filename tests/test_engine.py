@@ -8,6 +8,7 @@ from typing import Any
 
 import engines
 import pytest
+from crowds import check_together
 from vllm.inputs import TokensPrompt
 
 BLOCK = 32
@@ -42,36 +43,10 @@ def make_prompts(count: int, seed: int = 0, shortest: int = 60, longest: int = 5
 @pytest.mark.parametrize("phase", PHASES)
 def test_batch_independence(phase: str, tiny_llama: Path) -> None:
     """40 requests together, preempted and replayed, in chunks of any size, as each alone."""
-    prompts = make_prompts(40)
     settings = PHASES[phase]
     decoded = 100 if phase == "decode" else 40
-    with engines.engine(tiny_llama, settings, max_model_len=1024) as engine:
-        alone = [engine.generate([prompt], decoded)[0] for prompt in prompts]
-        kept_alone = by_position(engine)
-        assert not engine.preemptions
-    assert kept_alone, "nothing was compressed"
-
-    for chunk, blocks in ((160, 48 * (2 if "bands" in settings else 1)), (1024, None)):
-        with engines.engine(
-            tiny_llama,
-            settings,
-            max_model_len=1024,
-            max_num_batched_tokens=chunk,
-            max_num_seqs=40,
-            num_gpu_blocks_override=blocks,
-        ) as engine:
-            engine.crowd()
-            together = engine.generate(prompts, decoded)
-            if blocks:
-                compacted = {plan.request_id for plan in engine.plans}
-                assert compacted & set(engine.preemptions), "no compacted request was preempted"
-            assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
-        compared = [engines.assert_same(*pair) for pair in zip(together, alone, strict=True)]
-        assert sum(steps == decoded for steps in compared) >= 38, "too many near-ties flipped"
-
-
-def by_position(engine: engines.Engine) -> set[tuple[int, int]]:
-    return {(plan.group, plan.position) for plan in engine.plans}
+    pools = ((160, 48 * settings.get("bands", 1)), (1024, None))
+    check_together(tiny_llama, settings, make_prompts(40), decoded, pools)
 
 
 def test_identity_below_the_threshold(smollm: Path) -> None:
@@ -142,7 +117,7 @@ def test_pages_return_and_are_used(tiny_llama: Path) -> None:
 
 
 def test_shared_prefix_returns_with_its_last_user(tiny_llama: Path) -> None:
-    settings = {"budget": 128, "recent_tokens": 16, "interval": 64}
+    settings = {"budget": 128, "recent_tokens": 16, "recent_ratio": 0.0, "interval": 64}
     (prompt,) = make_prompts(1, seed=6, shortest=512, longest=513)
     prompt = prompt[:520]
     with engines.engine(tiny_llama, settings, max_model_len=1024) as engine:

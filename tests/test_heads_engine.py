@@ -12,7 +12,8 @@ from typing import Any
 
 import engines
 import pytest
-from test_engine import BLOCK, PHASES, VOCABULARY, by_position, make_prompts
+from crowds import check_together
+from test_engine import BLOCK, PHASES, VOCABULARY, make_prompts
 from vllm.inputs import TokensPrompt
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -37,6 +38,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "merge": {
         "method": "merge",
         "pooling": "mean",
+        "budget": 288,
+        "recent_tokens": 16,
+        "interval": 48,
+        "skip_heads": ONE_HOST,
+    },
+    "knorm+merge": {
+        "method": "knorm+merge",
         "budget": 288,
         "recent_tokens": 16,
         "interval": 48,
@@ -91,30 +99,9 @@ def planned_heads(engine: engines.Engine) -> dict[tuple[int, ...], list[int]]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_batch_independence(name: str, tiny_llama: Path) -> None:
     """16 requests together, preempted and replayed, in chunks of any size, as each alone."""
-    settings = SETTINGS[name]
-    longest, decoded, blocks = (600, 60, 180) if name == "merge" else (500, 40, 160)
+    longest, decoded, blocks = (600, 60, 180) if "merge" in name else (500, 40, 160)
     prompts = make_prompts(16, longest=longest)
-    with engines.engine(tiny_llama, settings, max_model_len=1024) as engine:
-        alone = [engine.generate([prompt], decoded)[0] for prompt in prompts]
-        positions = by_position(engine)
-        assert len(positions) > 10
-        assert not engine.preemptions
-    with engines.engine(
-        tiny_llama,
-        settings,
-        max_model_len=1024,
-        max_num_batched_tokens=160,
-        max_num_seqs=16,
-        num_gpu_blocks_override=blocks,
-    ) as engine:
-        engine.crowd()
-        together = engine.generate(prompts, decoded)
-        compacted = {plan.request_id for plan in engine.plans}
-        assert compacted & set(engine.preemptions), "no compacted request was preempted"
-        assert by_position(engine) == positions
-        assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
-    compared = [engines.assert_same(*pair) for pair in zip(together, alone, strict=True)]
-    assert sum(steps == decoded for steps in compared) >= 15, "too many near-ties flipped"
+    check_together(tiny_llama, SETTINGS[name], prompts, decoded, [(160, blocks)])
 
 
 def test_prefix_hits_stay_exact(tiny_llama: Path) -> None:

@@ -138,6 +138,7 @@ def test_l2_compress_is_the_cache_that_compresses_itself(model: Any) -> None:
         "keep_ratio": 0.5,
         "sink_tokens": 0,
         "recent_tokens": 0,
+        "recent_ratio": 0.0,
         "interval": 1000,
     }
     itself = CompressedCache(settings)

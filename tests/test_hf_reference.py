@@ -137,9 +137,13 @@ class Reference:
             allowed = math.ceil(Fraction(str(settings.keep_ratio)) * share * tokens)
         if len(slots) - base <= allowed:
             return slots
-        end = len(slots) - settings.recent_tokens
-        keep = allowed - settings.recent_tokens
         sinks = 0 if base else settings.sink_tokens
+        beside = max(sinks, 1)
+        if settings.method == "merge":
+            beside = sinks + tokens.bit_length()
+        recent = int(Fraction(str(settings.recent_ratio)) * allowed)
+        recent = max(settings.recent_tokens, min(recent, allowed - beside))
+        end, keep = len(slots) - recent, allowed - recent
         old = slots[base:end]
         if settings.method == "merge":
             old = merged(old, keep, sinks, settings.pooling, self.inv_freq)
@@ -172,6 +176,8 @@ def generated(model: Any, cache: Any, ids: torch.Tensor, new: int = NEW, **optio
 
 CASES: dict[str, dict[str, Any]] = {
     "knorm": {"budget": 24, "recent_tokens": 6},
+    "few recent": {"budget": 24, "recent_tokens": 6, "recent_ratio": 0.0},
+    "all recent": {"budget": 24, "recent_tokens": 6, "recent_ratio": 1.0},
     "ratio": {"keep_ratio": 0.5, "recent_tokens": 6, "sink_tokens": 2},
     "pyramid": {"budget": 36, "recent_tokens": 6, "pyramid_beta": 2.5, "skip_layers": (1,)},
     "prune_after": {"budget": 24, "recent_tokens": 6, "prune_after": 50},

@@ -61,6 +61,7 @@ def engines(draw: st.DrawFn) -> EngineOptions:
     size = draw(st.sampled_from([4, 4, 8, 16]))
     phase = draw(st.sampled_from(["after_prefill", "during_prefill", "decode"]))
     recent = draw(st.integers(0, 2 * size))
+    latest = draw(st.sampled_from([Fraction(0), Fraction(1, 2), Fraction(1)]))
     sinks = 0 if phase == "decode" else draw(st.integers(0, 2 * size))
     ratio = phase != "decode" and draw(st.booleans())
     merging = draw(st.sampled_from(MERGINGS))
@@ -69,10 +70,10 @@ def engines(draw: st.DrawFn) -> EngineOptions:
     for _ in range(draw(st.integers(1, 3))):
         if ratio:
             share = Fraction(draw(st.integers(1, 20)), 20)
-            limits.append(Limits(None, share, sinks, recent, size, merging))
+            limits.append(Limits(None, share, sinks, recent, size, merging, latest))
         else:
             blocks = least + draw(st.integers(0, 3))
-            limits.append(Limits(blocks * size, None, sinks, recent, size, merging))
+            limits.append(Limits(blocks * size, None, sinks, recent, size, merging, latest))
     if draw(st.booleans()):
         limits.insert(draw(st.sampled_from([0, len(limits)])), None)
     # What merges holds more: one block per power of two of the longest request.

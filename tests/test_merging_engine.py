@@ -8,7 +8,8 @@ from typing import Any
 
 import engines
 import pytest
-from test_engine import BLOCK, Stepper, by_position, make_prompts
+from crowds import check_together
+from test_engine import BLOCK, Stepper, make_prompts
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "merge": {"method": "merge", "budget": 288, "recent_tokens": 16, "interval": 16},
@@ -41,28 +42,8 @@ every_setting = pytest.mark.parametrize("name", SETTINGS)
 def test_batch_independence(name: str, tiny_llama: Path) -> None:
     """24 requests together, preempted and replayed, as each alone."""
     settings = {**SETTINGS[name], "interval": 48}
-    prompts = make_prompts(24, longest=800)
-    with engines.engine(tiny_llama, settings, max_model_len=1024) as engine:
-        alone = [engine.generate([prompt], 60)[0] for prompt in prompts]
-        positions = by_position(engine)
-        assert len(positions) > 10
-        assert not engine.preemptions
-    with engines.engine(
-        tiny_llama,
-        settings,
-        max_model_len=1024,
-        max_num_batched_tokens=160,
-        max_num_seqs=24,
-        num_gpu_blocks_override=45 * settings.get("bands", 1),
-    ) as engine:
-        engine.crowd()
-        together = engine.generate(prompts, 60)
-        compacted = {plan.request_id for plan in engine.plans}
-        assert compacted & set(engine.preemptions), "no compacted request was preempted"
-        assert by_position(engine) == positions
-        assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
-    compared = [engines.assert_same(*pair) for pair in zip(together, alone, strict=True)]
-    assert sum(steps == 60 for steps in compared) >= 22, "too many near-ties flipped"
+    pools = [(160, 45 * settings.get("bands", 1))]
+    check_together(tiny_llama, settings, make_prompts(24, longest=800), 60, pools)
 
 
 @pytest.mark.parametrize("name", ["merge", "knorm+merge"])

@@ -51,7 +51,9 @@ CASES = {
     "kvdiff-heads": Case(
         {"method": "kvdiff", "budget": 256, "interval": 16, "skip_heads": HEADS}, 3, decoded=96
     ),
-    "knorm-256-flat": Case({"method": "knorm", "budget": 256, "interval": 16}, 3, decoded=96),
+    "knorm-256-flat": Case(
+        {"method": "knorm", "budget": 256, "interval": 16, "recent_ratio": 0.0}, 3, decoded=96
+    ),
     "knorm-512-pyramid": Case(
         {"method": "knorm", "budget": 512, "bands": 6, "pyramid_beta": 2.0}, 1
     ),
@@ -67,7 +69,7 @@ CASES = {
         decoded=96,
     ),
     "kvdiff-context-ratio": Case(
-        {"method": "kvdiff", "keep_ratio": 0.25, "recent_tokens": 16, "interval": 32},
+        {"method": "kvdiff", "keep_ratio": 0.25, "recent_ratio": 0.8, "interval": 32},
         1,
         context=1509,
     ),

@@ -87,7 +87,8 @@ def make_settings(**changes) -> Settings:
     """Small numbers, so that a short request compacts several times."""
     if "keep_ratio" not in changes:
         changes.setdefault("budget", 24)
-    return Settings(**{"sink_tokens": 3, "recent_tokens": 6, "interval": 8, **changes})
+    small = {"sink_tokens": 3, "recent_tokens": 6, "recent_ratio": 0.0, "interval": 8}
+    return Settings(**{**small, **changes})
 
 
 def make_oracle(
@@ -433,18 +434,28 @@ def test_base(phase, prompt_length, base):
         ({"sink_tokens": 65}, 100, 64, None),
         # No recent window: e = 6, u = 4, k = 60 // 16 = 3.
         ({"recent_tokens": 0}, 100, 64, (6, 3)),
+        # A quarter of 64 is recent: e = 84 // 16 = 5; half: e = 68 // 16 = 4, u = 36, k = 1.
+        ({"recent_ratio": 0.25}, 100, 64, (5, 2)),
+        ({"recent_ratio": 0.5}, 100, 64, (4, 1)),
+        # All, but for two blocks less one token: 33, u = 36.
+        ({"recent_ratio": 1.0}, 100, 64, (4, 1)),
+        # The sinks' two blocks leave room for 17 more: e = 83 // 16 = 5, u = 20, k = 2.
+        ({"recent_ratio": 1.0, "sink_tokens": 17}, 100, 64, (5, 2)),
+        ({"recent_ratio": 1.0, "recent_tokens": 30}, 100, 64, (4, 1)),
         ({"prune_after": 100}, 100, 64, (5, 2)),
         ({"prune_after": 101}, 100, 64, None),
         ({"method": "none"}, 100, 64, None),
     ],
 )
 def test_planned_blocks_of_a_budget(changes, live, budget, expected):
-    settings = Settings(**{"recent_tokens": 8, "budget": 64, **changes})
+    settings = Settings(**{"recent_tokens": 8, "recent_ratio": 0.0, "budget": 64, **changes})
     assert planned_blocks(settings, 16, 0, live, live, budget, FLAT) == expected
 
 
 def test_planned_blocks_in_phase_decode():
-    settings = Settings(phase="decode", recent_tokens=8, budget=48, sink_tokens=40)
+    settings = Settings(
+        phase="decode", recent_tokens=8, recent_ratio=0.0, budget=48, sink_tokens=40
+    )
     # n = 164 - 112 = 52 > 48, e = 44 // 16 = 2, u = 20, k = 28 // 16 = 1; no sinks.
     assert planned_blocks(settings, 16, 112, 164, 164, 48, FLAT) == (2, 1)
     # n = 20: within the budget.
@@ -477,12 +488,12 @@ def test_planned_blocks_in_phase_decode():
     ],
 )
 def test_planned_blocks_of_a_ratio(ratio, share, position, live, expected):
-    settings = Settings(recent_tokens=8, keep_ratio=ratio)
+    settings = Settings(recent_tokens=8, recent_ratio=0.0, keep_ratio=ratio)
     assert planned_blocks(settings, 16, 0, position, live, None, share) == expected
 
 
 def test_trajectory_after_prefill():
-    settings = Settings(recent_tokens=8, budget=64, interval=32)
+    settings = Settings(recent_tokens=8, recent_ratio=0.0, budget=64, interval=32)
     # 100 -> 20 + 32 = 52, 84 -> 52 twice; position 196 itself is never computed.
     assert planned_trajectory(settings, 16, 100, 196, 64) == [
         (100, 100, 5, 2),
@@ -493,7 +504,7 @@ def test_trajectory_after_prefill():
 
 
 def test_trajectory_of_a_short_interval():
-    settings = Settings(recent_tokens=8, budget=64, interval=10)
+    settings = Settings(recent_tokens=8, recent_ratio=0.0, budget=64, interval=10)
     # 100 -> 52, 62 is within the budget, 72: e = 4, u = 8, k = 56 // 16 = 3 -> 56, 66: e = 3,
     # u = 18, k = 46 // 16 = 2 -> 50.
     assert planned_trajectory(settings, 16, 100, 131, 64) == [
@@ -504,7 +515,9 @@ def test_trajectory_of_a_short_interval():
 
 
 def test_trajectory_during_prefill():
-    settings = Settings(recent_tokens=8, budget=64, interval=40, phase="during_prefill")
+    settings = Settings(
+        recent_tokens=8, recent_ratio=0.0, budget=64, interval=40, phase="during_prefill"
+    )
     # 40 within; 80: e = 4, u = 16, k = 48 // 16 = 3 -> 64; 100 (the prompt's end): 84,
     # e = 4, u = 20, k = 2 -> 52; 140: 92, e = 5, u = 12, k = 3 -> 60.
     assert planned_trajectory(settings, 16, 100, 141, 64) == [
@@ -515,7 +528,7 @@ def test_trajectory_during_prefill():
 
 
 def test_trajectory_in_phase_decode():
-    settings = Settings(recent_tokens=8, budget=48, interval=32, phase="decode")
+    settings = Settings(recent_tokens=8, recent_ratio=0.0, budget=48, interval=32, phase="decode")
     # Base 112. 132: n = 20; 164: n = 52 -> 36 (live 148); 196: n = 68, e = 3, u = 20, k = 1
     # -> 36 again.
     assert planned_trajectory(settings, 16, 100, 197, 48) == [(164, 164, 2, 1), (196, 180, 3, 1)]
@@ -555,6 +568,7 @@ def requests(draw):
         phase=phase,
         sink_tokens=draw(st.integers(0, 40)),
         recent_tokens=draw(st.integers(0, 80)),
+        recent_ratio=draw(st.sampled_from([0.0, 0.5, 1.0])),
         interval=draw(st.integers(1, 150)),
         prune_after=draw(st.sampled_from([0, 100])),
         **how,
@@ -577,11 +591,14 @@ def test_trajectory_properties(request_):
         assert live == position - removed
         assert position >= settings.prune_after
         assert 0 < k < e
-        assert base + e * block_size <= live - settings.recent_tokens
+        kept = budget or math.ceil(Fraction(str(settings.keep_ratio)) * position)
+        share = min(int(settings.recent_ratio * kept), kept - floor - block_size + 1)
+        recent = max(settings.recent_tokens, share)
+        assert base + e * block_size <= live - recent
         removed += (e - k) * block_size
         after = position - removed - base
         untouched = after - k * block_size
-        assert settings.recent_tokens <= untouched < settings.recent_tokens + block_size
+        assert recent <= untouched < recent + block_size
         least = untouched + floor
         if budget is None:
             target = math.ceil(Fraction(str(settings.keep_ratio)) * position)

@@ -23,13 +23,16 @@ LONGEST = 600
 ALL = Merging(None, count=True)
 SOME = Merging(Fraction(1, 4), count=True)
 
+SHARES = st.one_of(st.just(Fraction(0)), st.fractions(0, 1, max_denominator=8))
+"""Of what is kept: the latest tokens that stay."""
+
 
 @st.composite
 def engines(draw: st.DrawFn) -> EngineOptions:
     """Settings that :mod:`vllm_kvcompress.bands` would let through, and ratios of any kind."""
     size = draw(st.integers(1, 16))
     phase = draw(st.sampled_from(["after_prefill", "during_prefill", "decode"]))
-    recent = draw(st.integers(0, 40))
+    recent, latest = draw(st.integers(0, 40)), draw(SHARES)
     sinks = 0 if phase == "decode" else draw(st.integers(0, 40))
     ratio = phase != "decode" and draw(st.booleans())
     merging = draw(st.sampled_from([None, ALL, SOME]))
@@ -40,10 +43,10 @@ def engines(draw: st.DrawFn) -> EngineOptions:
     for _ in range(draw(st.integers(1, 3))):
         if ratio:
             share = Fraction(draw(st.integers(1, 40)), 40)
-            limits.append(Limits(None, share, sinks, recent, size, merging))
+            limits.append(Limits(None, share, sinks, recent, size, merging, latest))
         else:
             budget = (least + draw(st.integers(0, 6))) * size
-            limits.append(Limits(budget, None, sinks, recent, size, merging))
+            limits.append(Limits(budget, None, sinks, recent, size, merging, latest))
     if draw(st.booleans()):
         limits.append(None)
     return EngineOptions(
@@ -132,12 +135,13 @@ def groups(draw: st.DrawFn) -> tuple[Limits, int, int]:
     """Limits of any kind, blocks before what may change, and blocks that are left alone."""
     size = draw(st.integers(1, 8))
     merging = draw(st.sampled_from([None, ALL, SOME]))
-    sinks, recent = draw(st.integers(0, 20)), draw(st.integers(0, 20))
+    sinks, recent, latest = draw(st.integers(0, 20)), draw(st.integers(0, 20)), draw(SHARES)
     if draw(st.booleans()):
-        limits = Limits(draw(st.integers(1, 20)) * size, None, sinks, recent, size, merging)
+        budget = draw(st.integers(1, 20)) * size
+        limits = Limits(budget, None, sinks, recent, size, merging, latest)
     else:
         share = Fraction(draw(st.integers(1, 40)), 40)
-        limits = Limits(None, share, sinks, recent, size, merging)
+        limits = Limits(None, share, sinks, recent, size, merging, latest)
     base = draw(st.integers(0, 6))
     return limits, base + draw(st.integers(0, 6)), base
 
@@ -175,8 +179,9 @@ def test_first_due_is_where_walking_the_grid_finds_it(
 
 
 @pytest.mark.parametrize("merging", [None, ALL, SOME])
+@pytest.mark.parametrize("latest", [Fraction(0), Fraction(1)])
 def test_next_compaction_is_found_without_walking(
-    merging: Merging | None, monkeypatch: pytest.MonkeyPatch
+    latest: Fraction, merging: Merging | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that keeps nearly all has one to spare per 100,000 tokens, and a block of 32."""
     looked = 0
@@ -188,7 +193,7 @@ def test_next_compaction_is_found_without_walking(
         return least(limits, position)
 
     monkeypatch.setattr(Limits, "least", count)
-    limits = Limits(None, Fraction(99_999, 100_000), 4, 64, 32, merging)
+    limits = Limits(None, Fraction(99_999, 100_000), 4, 64, 32, merging, latest)
     schedule = Schedule("knorm", "after_prefill", 1, 0, (limits,) * 30, 32, 10_000_000)
     trajectory = Trajectory(schedule, 500)
     assert trajectory.due == 32 * 100_000

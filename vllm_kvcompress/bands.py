@@ -59,6 +59,8 @@ class Limits:
         Tokens per block.
     merging : Merging or None
         ``None`` for methods that evict.
+    recent_share : Fraction
+        Share of the tokens kept that is protected at the end, where that is more than ``recent``.
     """
 
     budget: int | None
@@ -67,6 +69,7 @@ class Limits:
     recent: int
     block_size: int
     merging: Merging | None = None
+    recent_share: Fraction = Fraction(0)
 
     @property
     def sink_blocks(self) -> int:
@@ -87,6 +90,22 @@ class Limits:
         beside = self.sink_blocks if self.merging.share is None else max(1, self.sink_blocks)
         return beside + self.pooled_at_least(position)
 
+    def target(self, position: int, base: int = 0) -> int:
+        """Tokens to keep; parameters as for :meth:`blocks_kept`."""
+        if self.budget is not None:
+            return self.budget
+        assert self.ratio is not None
+        return ceil(self.ratio * (position - base))
+
+    def window(self, position: int, base: int = 0) -> int:
+        """Latest tokens that are protected; parameters as for :meth:`blocks_kept`."""
+        if not self.recent_share:
+            return self.recent
+        target = self.target(position, base)
+        # A share never asks for more than the target, whatever must stay beside the window.
+        room = target - (self.least(position) + 1) * self.block_size + 1
+        return max(self.recent, min(int(self.recent_share * target), room))
+
     def blocks_kept(self, live: int, position: int, base: int = 0) -> tuple[int, int]:
         """Full blocks that take part in a compaction, and how many of them stay.
 
@@ -106,22 +125,22 @@ class Limits:
             ``(e, k)``: the oldest ``e`` blocks become ``k``. Nothing is due if ``k >= e``.
         """
         size = self.block_size
-        old = max(0, live - self.recent) // size
+        old = max(0, live - self.window(position, base)) // size
         untouched = live - old * size
+        target = self.target(position, base)
         if self.budget is not None:
-            kept = (self.budget - untouched) // size if live > self.budget else old
+            kept = (target - untouched) // size if live > target else old
         else:
-            assert self.ratio is not None
-            kept = -((untouched - ceil(self.ratio * (position - base))) // size)
+            kept = -((untouched - target) // size)
         return old, max(kept, self.least(position))
 
     def most_left(self, position: int, base: int = 0) -> int:
         """Upper bound of the tokens that a chance to compact leaves; as :meth:`blocks_kept`."""
         if self.budget is not None:
             return self.budget
-        assert self.ratio is not None
+        # A window that is larger than ``recent`` lies within the target.
         least = self.least(position) * self.block_size
-        return ceil(self.ratio * (position - base)) + self.recent + self.block_size + least
+        return self.target(position, base) + self.recent + self.block_size + least
 
     def peak(self, position: int, first: int, interval: int) -> int:
         """Upper bound of the tokens held at once on the way to ``position``.
@@ -351,20 +370,21 @@ def _limits(
     settings: Settings, layers: tuple[int, ...], num_layers: int, block_size: int
 ) -> Limits:
     """Limits of one band: the mean of its layers on the pyramid."""
-    share = pyramid_share(settings.pyramid_beta, layers, num_layers)
+    height = pyramid_share(settings.pyramid_beta, layers, num_layers)
     budget = settings.token_budget
     ratio = None
     if budget is None:
-        ratio = min(Fraction(str(settings.keep_ratio)) * share, Fraction(1))
+        ratio = min(Fraction(str(settings.keep_ratio)) * height, Fraction(1))
     else:
-        budget = ceil(budget * share / block_size) * block_size
+        budget = ceil(budget * height / block_size) * block_size
     # The prompt is untouched in the decode phase, and the sinks with it.
     sinks = 0 if settings.phase == "decode" else settings.sink_tokens
     merging = None
     if settings.method in MERGING:
         pooled = None if MERGING[settings.method] is None else POOLED_SHARE
         merging = Merging(pooled, settings.merge_weighting == "count")
-    return Limits(budget, ratio, sinks, settings.recent_tokens, block_size, merging)
+    recent, share = settings.recent_tokens, Fraction(str(settings.recent_ratio))
+    return Limits(budget, ratio, sinks, recent, block_size, merging, share)
 
 
 def _check_room(settings: Settings, bands: list[Band], block_size: int, longest: int) -> None:

@@ -67,6 +67,14 @@ class Settings(BaseModel):
     recent_tokens: int = Field(
         64, ge=0, description="Latest tokens of a request that are never removed."
     )
+    recent_ratio: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of the tokens kept that are the latest ones, where these are more than "
+        "recent_tokens and leave room for the sinks.",
+    )
     skip_layers: tuple[int, ...] = Field(
         (), description="Layers that keep every token, by index from 0."
     )

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--sinks", type=int, default=defaults.sink_tokens)
     parser.add_argument("--recent", type=int, default=defaults.recent_tokens)
+    parser.add_argument("--recent-ratio", type=float, default=defaults.recent_ratio)
     parser.add_argument("--seed", type=int, default=0, help="of texts, facts and random methods")
     parser.add_argument("--dtype", default="float32", help="of the model (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
@@ -63,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 def _wrong(args: argparse.Namespace) -> str | None:
     if not all(0 < share < 1 for share in args.shares):
         return "--shares are shares removed, between 0 and 1"
+    if not 0 <= args.recent_ratio <= 1:
+        return "--recent-ratio is a share of the tokens kept, from 0 to 1"
     least = round((1 - max(args.shares)) * args.tokens)
     if least < args.sinks + args.recent:
         return (
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cases,
             {name: METHODS[name](seed=args.seed) for name in args.methods},
             sorted(set(args.shares)),
-            Shape(args.sinks, args.recent),
+            Shape(args.sinks, args.recent, args.recent_ratio),
             lambda line: print(line, file=sys.stderr, flush=True),
         )
         advice = advise(findings)

@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from vllm_kvcompress.methods import Method, ScoreContext, select_tokens, take_tokens
+from vllm_kvcompress.settings import parse_settings
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,23 @@ class Shape:
     ----------
     sinks, recent : int
         First and last tokens of the context that stay.
+    recent_ratio : float
+        Share of the tokens kept that are the last ones, where these are more than ``recent``.
     """
 
     sinks: int = 4
     recent: int = 64
+    recent_ratio: float = 0.0
+
+    @classmethod
+    def usual(cls) -> Shape:
+        """The default of the settings."""
+        defaults = parse_settings({})
+        return cls(defaults.sink_tokens, defaults.recent_tokens, defaults.recent_ratio)
+
+    def window(self, stay: int) -> int:
+        """How many of the tokens kept are the last ones."""
+        return max(self.recent, min(int(self.recent_ratio * stay), stay - self.sinks))
 
 
 @torch.inference_mode()
@@ -76,9 +90,9 @@ def compute(model: Any, token_ids: Sequence[int]) -> Context:
     )
 
 
-def layer_scores(context: Context, method: Method, layer: int, shape: Shape) -> torch.Tensor:
+def layer_scores(context: Context, method: Method, layer: int, recent: int) -> torch.Tensor:
     """Scores ``[kv_heads, candidates]`` of the tokens before the recent window."""
-    old = slice(0, max(context.tokens - shape.recent, 0))
+    old = slice(0, max(context.tokens - recent, 0))
     keys = context.keys[layer][:, old].float()
     values = context.values[layer][:, old].float() if method.needs_values else None
     return method.score(keys, ScoreContext(layer, context.tokens, 0, keys.shape[0]), values)
@@ -106,8 +120,8 @@ def kept_of(context: Context, method: Method, layer: int, stay: int, shape: Shap
     torch.Tensor
         ``[kv_heads, stay]``, int64, ascending indices.
     """
-    recent = min(shape.recent, context.tokens)
-    scores = layer_scores(context, method, layer, shape)
+    recent = min(shape.window(stay), context.tokens)
+    scores = layer_scores(context, method, layer, recent)
     sinks = min(shape.sinks, scores.shape[1])
     old = select_tokens(scores, max(stay - recent, sinks), sinks)
     new = torch.arange(context.tokens - recent, context.tokens, device=old.device)

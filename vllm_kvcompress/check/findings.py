@@ -56,6 +56,8 @@ class Findings:
     seconds : float
     sinks, recent : int
         Tokens that no method could remove.
+    recent_ratio : float
+        Share of the tokens kept that were the last ones, where these are more than ``recent``.
     layer_method : str or None
         The method by which each layer alone was compressed; ``None`` if none was.
     layer_loss : list of float
@@ -74,6 +76,7 @@ class Findings:
     seconds: float
     sinks: int
     recent: int
+    recent_ratio: float = 0.0
     layer_method: str | None = None
     layer_loss: list[float] = field(default_factory=list)
     skip_layers: dict[float, tuple[int, ...]] = field(default_factory=dict)

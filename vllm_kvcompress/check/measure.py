@@ -161,6 +161,7 @@ def measure(
         seconds=time.monotonic() - started,
         sinks=shape.sinks,
         recent=shape.recent,
+        recent_ratio=shape.recent_ratio,
         layer_method=best,
         layer_loss=alone,
         skip_layers=skip,
@@ -180,5 +181,5 @@ def _correlation(
     context: Context, method: Method, layer: int, received: torch.Tensor, shape: Shape
 ) -> torch.Tensor:
     """Over the tokens that a method chooses from."""
-    scores = layer_scores(context, method, layer, shape)
+    scores = layer_scores(context, method, layer, shape.recent)
     return rank_correlation(scores[:, shape.sinks :], received[:, shape.sinks : scores.shape[1]])

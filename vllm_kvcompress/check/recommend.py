@@ -96,7 +96,11 @@ def _settings(findings: Findings, method: str, skip: bool, removed: float) -> di
     if skip:
         settings["keep_ratio"] = _ratio_beside(findings, removed)
         settings["skip_layers"] = list(findings.skip_layers[removed])
-    return settings | {"sink_tokens": findings.sinks, "recent_tokens": findings.recent}
+    return settings | {
+        "sink_tokens": findings.sinks,
+        "recent_tokens": findings.recent,
+        "recent_ratio": findings.recent_ratio,
+    }
 
 
 def _ratio_beside(findings: Findings, removed: float) -> float:

@@ -23,7 +23,8 @@ def markdown(findings: Findings, advice: Advice) -> str:
         f"# {findings.model}",
         "",
         f"{findings.tokens} tokens of context, {findings.seconds:.0f} s; the first "
-        f"{findings.sinks} and last {findings.recent} tokens of each context were always kept. "
+        f"{findings.sinks} and last {findings.recent} tokens of each context were always kept, and "
+        f"the last ones make up at least {findings.recent_ratio:.0%} of what is kept. "
         f"The full cache recalls {findings.full_right:.0%} of the facts.",
         "",
         "| Method | Rank correlation | " + " | ".join(map(_share, findings.shares)) + " |",

@@ -7,7 +7,9 @@ blocks than there are. Written out, that is two conditions, and both hold from s
   than ``ceil(ratio * tokens)``. Rounding to whole blocks cancels, since old and kept blocks have
   the same rest beside them.
 - More than the fewest blocks that may stay are old enough. How many may stay grows with the
-  position where blocks merge, so this condition may fail again at a power of two.
+  position where blocks merge, so this condition may fail again at a power of two. A recent window
+  that is a share of the limits does not matter here: it leaves room for these blocks and one
+  more within what the limits allow, so that the first condition implies this one.
 """
 
 from __future__ import annotations
