@@ -82,6 +82,8 @@ class Contender:
             int(given.get("recent", defaults.recent_tokens)),
             float(given.get("ratio", defaults.recent_ratio)),
         )
+        if not 0 <= shape.recent_ratio <= 1:
+            raise ValueError(f"{name} is no contender: ratio is a share of the tokens kept")
         skip = tuple(int(layer) for layer in given.get("skip", "").split("+") if layer)
         return cls(name, method, shape, float(given.get("beta", 1)), skip)
 

@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.quality.tasks import TASKS
 from vllm_kvcompress.bundled import MODEL_NAME
+from vllm_kvcompress.check.dense import Shape
 from vllm_kvcompress.methods import METHODS
 from vllm_kvcompress.settings import parse_settings
 
@@ -56,7 +58,8 @@ def search_parser(
 def chosen(args: argparse.Namespace, names: Sequence[str] = SETTINGS) -> dict[str, Any]:
     """What rows of one search have in common."""
     model = Path(args.model).name if args.model else MODEL_NAME
-    return {"model": model, **{name: getattr(args, name) for name in names}}
+    given = {name: getattr(args, name) for name in names}
+    return {"model": model, **given, **asdict(Shape.usual())}
 
 
 def known_rows(

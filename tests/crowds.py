@@ -9,8 +9,8 @@ from typing import Any
 import engines
 
 FLIPS = 2
-"""So many requests may leave the others' way: where two tokens are nearly equally likely, rounding
-in another batch may choose the other."""
+"""So many requests of a large crowd may go another way alone, and one in twelve of a small one:
+where two tokens are nearly equally likely, rounding in another batch may choose the other."""
 
 
 def positions(engine: engines.Engine) -> set[tuple[int, int]]:
@@ -68,4 +68,4 @@ def check_together(
             assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
         compared = [engines.assert_same(*pair) for pair in zip(together, alone, strict=True)]
         flipped = sum(steps < decoded for steps in compared)
-        assert flipped <= FLIPS, "too many near-ties flipped"
+        assert flipped <= min(FLIPS, len(prompts) // 12), "too many near-ties flipped"

@@ -34,6 +34,12 @@ def test_contender_has_the_defaults_of_the_settings():
     assert contender.keep(0.5, 1000, 4) == (500,) * 4
 
 
+@pytest.mark.parametrize("ratio", ["nan", "-0.1", "1.5"])
+def test_contender_with_no_share_of_recent_tokens_is_refused(ratio):
+    with pytest.raises(ValueError, match="ratio is a share"):
+        Contender.of(f"knorm:ratio={ratio}")
+
+
 def test_contender_reads_its_settings():
     contender = Contender.of("knorm:sinks=0,recent=8,ratio=0.25,skip=0+2,beta=2")
     assert contender.shape == Shape(0, 8, 0.25)

@@ -16,7 +16,15 @@ from transformers import DynamicCache
 
 from vllm_kvcompress.check.__main__ import main
 from vllm_kvcompress.check.attention import own_attention
-from vllm_kvcompress.check.dense import Shape, compress, compute, follow, kept_tokens
+from vllm_kvcompress.check.dense import (
+    Context,
+    Shape,
+    compress,
+    compute,
+    follow,
+    kept_of,
+    kept_tokens,
+)
 from vllm_kvcompress.check.measure import measure, rank_correlation, received_attention
 from vllm_kvcompress.check.recommend import MAX_TEXT, advise
 from vllm_kvcompress.check.report import as_json, markdown, plot
@@ -93,6 +101,28 @@ def test_layers_keep_as_many_as_they_are_told():
         small = compress(context, METHODS["knorm"](), [40, 80, 30], Shape(4, 8))
         assert [keys.shape[1] for keys in small.keys] == [40, 80, 30]
         assert follow(model, [small], 80, [1, 2, 3])[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("ratio", "recent"), [(0.0, 6), (0.1, 6), (0.5, 15), (0.9, 27), (1.0, 28)])
+def test_latest_tokens_are_a_share_of_those_kept(ratio, recent):
+    """Old tokens have lower norms the older they are, so ``knorm`` keeps the oldest."""
+    keys = torch.linspace(0.1, 10, 90)[None, :, None].expand(2, -1, 4).contiguous()
+    context = Context((keys,), (keys,))
+    shape = Shape(2, 6, ratio)
+    assert shape.window(30) == recent
+    kept = kept_of(context, METHODS["knorm"](), 0, 30, shape)
+    assert kept.tolist() == [[*range(30 - recent), *range(90 - recent, 90)]] * 2
+
+
+def test_what_was_measured_is_what_is_recommended(cases):
+    methods = {"knorm": METHODS["knorm"]()}
+    found = measure(planted_model(1.0), "planted", cases, methods, [0.5], Shape(4, 16, 0.25))
+    assert (found.sinks, found.recent, found.recent_ratio) == (4, 16, 0.25)
+    plain = findings({"knorm": [0.1, 0.2, 0.3]}, {"knorm": 0.4})
+    wide = dataclasses.replace(plain, recent_ratio=0.25)
+    assert advise(wide).settings["recent_ratio"] == 0.25
+    assert "25% were last tokens" in markdown(wide, advise(wide))
+    assert "were last tokens" not in markdown(plain, advise(plain))
 
 
 def test_received_attention_is_that_of_eager_attention():
@@ -268,6 +298,7 @@ def test_plot_is_drawn_or_asks_for_matplotlib(tmp_path, monkeypatch):
         (["--shares", "1.5"], "between 0 and 1"),
         (["--tokens", "300"], "longer contexts"),
         (["--contexts", "0"], "at least 1"),
+        (["--recent-ratio", "1.5"], "from 0 to 1"),
         (["--texts", "missing.txt"], "missing.txt"),
         (["--dtype", "float3"], "float3"),
     ],

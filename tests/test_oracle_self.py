@@ -441,7 +441,8 @@ def test_base(phase, prompt_length, base):
         ({"recent_ratio": 1.0}, 100, 64, (4, 1)),
         # The sinks' two blocks leave room for 17 more: e = 83 // 16 = 5, u = 20, k = 2.
         ({"recent_ratio": 1.0, "sink_tokens": 17}, 100, 64, (5, 2)),
-        ({"recent_ratio": 1.0, "recent_tokens": 30}, 100, 64, (4, 1)),
+        # More than that share: e = 60 // 16 = 3.
+        ({"recent_ratio": 1.0, "recent_tokens": 40}, 100, 64, (3, 1)),
         ({"prune_after": 100}, 100, 64, (5, 2)),
         ({"prune_after": 101}, 100, 64, None),
         ({"method": "none"}, 100, 64, None),

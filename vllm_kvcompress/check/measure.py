@@ -180,6 +180,6 @@ def _least_lossy(losses: Sequence[Loss]) -> str | None:
 def _correlation(
     context: Context, method: Method, layer: int, received: torch.Tensor, shape: Shape
 ) -> torch.Tensor:
-    """Over the tokens that a method chooses from."""
+    """Over the tokens that a method may choose from at some share: ``recent`` are never."""
     scores = layer_scores(context, method, layer, shape.recent)
     return rank_correlation(scores[:, shape.sinks :], received[:, shape.sinks : scores.shape[1]])

@@ -23,8 +23,8 @@ def markdown(findings: Findings, advice: Advice) -> str:
         f"# {findings.model}",
         "",
         f"{findings.tokens} tokens of context, {findings.seconds:.0f} s; the first "
-        f"{findings.sinks} and last {findings.recent} tokens of each context were always kept, and "
-        f"the last ones make up at least {findings.recent_ratio:.0%} of what is kept. "
+        f"{findings.sinks} and last {findings.recent} tokens of each context were always kept"
+        f"{_window(findings.recent_ratio)}. "
         f"The full cache recalls {findings.full_right:.0%} of the facts.",
         "",
         "| Method | Rank correlation | " + " | ".join(map(_share, findings.shares)) + " |",
@@ -51,6 +51,12 @@ def markdown(findings: Findings, advice: Advice) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _window(ratio: float) -> str:
+    return (
+        f", and of what is kept {ratio:.0%} were last tokens, where that is more" if ratio else ""
+    )
 
 
 def _share(removed: float) -> str:

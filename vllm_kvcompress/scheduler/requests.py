@@ -91,7 +91,7 @@ class RequestSchedules:
                 "budget",
                 settings.token_budget,
                 f"with {PREFIX}method={settings.method} it must be at least "
-                f"{self._least_budget(settings)}, for the sinks, the recent window and what "
+                f"{self._least_budget(settings)}, for the sinks, recent_tokens and what "
                 "else the server's settings need room for in every band",
             ) from None
         return {band.index: band.limits for band in bands}
