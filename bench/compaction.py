@@ -306,13 +306,7 @@ def compactions(pool: Pool, copies: Copies, effort: Effort) -> Iterator[dict[str
     """Every method at every length."""
     for name, raw in CASES.items():
         settings = parse_settings(
-            {
-                **raw,
-                "keep_ratio": 0.25,
-                "sink_tokens": SINKS,
-                "recent_tokens": 0,
-                "recent_ratio": 0.0,
-            }
+            {**raw, "keep_ratio": 0.25, "sink_tokens": SINKS, "recent_tokens": 0}
         )
         compactor = pool.compactor(settings)
         for tokens in effort.lengths:

@@ -45,7 +45,7 @@ TOLD = 0.05
 
 def make_lessons(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[Lesson]:
     """Cases that the model answers with its full cache."""
-    shape, method = Shape.usual(), METHODS[args.method]()
+    shape, method = Shape.usual(args.recent_ratio), METHODS[args.method]()
     lessons: list[Lesson] = []
     for task in args.tasks:
         # Free text is hardly ever repeated to the letter, yet its tokens tell.

@@ -67,7 +67,7 @@ class Item:
 
 def make_items(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[Item]:
     """Cases that the model answers at all with its full cache, computed and compressed."""
-    shape, method = Shape.usual(), METHODS[args.method]()
+    shape, method = Shape.usual(args.recent_ratio), METHODS[args.method]()
     items = []
     for task in args.tasks:
         for case in TASKS[task].cases(args.count, args.tokens, tokenizer, args.seed):

@@ -6,17 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.quality.tasks import TASKS
 from vllm_kvcompress.bundled import MODEL_NAME
-from vllm_kvcompress.check.dense import Shape
 from vllm_kvcompress.methods import METHODS
 from vllm_kvcompress.settings import parse_settings
 
-SETTINGS = ("method", "keep", "tasks", "count", "tokens", "seed")
+SETTINGS = ("method", "keep", "recent_ratio", "tasks", "count", "tokens", "seed")
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -47,8 +45,15 @@ def search_parser(
     """Parser of a command that searches, by one method, what of a model to leave whole."""
     parser = rows_parser(prog, doc)
     parser.add_argument("--table", type=Path, help="print a table of a file instead")
-    parser.add_argument("--method", choices=list(METHODS), default=parse_settings({}).method)
+    defaults = parse_settings({})
+    parser.add_argument("--method", choices=list(METHODS), default=defaults.method)
     parser.add_argument("--keep", type=float, default=0.1, help="share kept where compressed")
+    parser.add_argument(
+        "--recent-ratio",
+        type=float,
+        default=defaults.recent_ratio,
+        help="share of that which is recent, as in the settings",
+    )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(tasks))
     parser.add_argument("--count", type=int, default=count, help="cases of each task")
     parser.add_argument("--seed", type=int, default=seed, help="1000 or more: 0 is held out")
@@ -58,8 +63,7 @@ def search_parser(
 def chosen(args: argparse.Namespace, names: Sequence[str] = SETTINGS) -> dict[str, Any]:
     """What rows of one search have in common."""
     model = Path(args.model).name if args.model else MODEL_NAME
-    given = {name: getattr(args, name) for name in names}
-    return {"model": model, **given, **asdict(Shape.usual())}
+    return {"model": model, **{name: getattr(args, name) for name in names}}
 
 
 def known_rows(

@@ -143,7 +143,9 @@ def test_pyramid_counts_skipped_layers() -> None:
 
 def test_flat_budget_is_one_band_rounded_up_to_a_block() -> None:
     (band,) = plan_bands(Settings(budget=500), 30, 32)
-    assert band.limits == Limits(512, None, 4, 64, 32, recent_share=HALF)
+    assert band.limits == Limits(512, None, 4, 64, 32)
+    (band,) = plan_bands(Settings(budget=500, recent_ratio=0.3), 30, 32)
+    assert band.limits == Limits(512, None, 4, 64, 32, recent_share=Fraction(3, 10))
     assert band.layers == tuple(range(30))
 
 

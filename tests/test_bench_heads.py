@@ -192,14 +192,12 @@ OF = {
     "model": "SmolLM2-135M-Instruct",
     "method": "kvdiff",
     "keep": 0.1,
+    "recent_ratio": 0.0,
     "tasks": ["lm"],
     "count": 4,
     "tokens": 1500,
     "seed": 2000,
     "penalty": 0.003,
-    "sinks": 4,
-    "recent": 64,
-    "recent_ratio": 0.5,
 }
 ROWS = [
     {"step": 20, "kl": 0.5, "mean": 0.4, "gates": [[0.6, 0.2], [0.0, 0.9], [0.3, 0.3]], "of": OF},
@@ -215,7 +213,7 @@ def test_table_names_open_heads_the_largest_gates_first(tmp_path, capsys):
     assert printed == table(ROWS) + "\n"
     lines = printed.splitlines()
     assert lines[0].startswith("model: SmolLM2-135M-Instruct, method: kvdiff, keep: 0.1")
-    assert "penalty: 0.003, sinks: 4" in lines[0]
+    assert lines[0].endswith("penalty: 0.003.")
     assert "40 steps: KL 0.0200 nats" in lines[2] and "50.0%" in lines[2]
     # Two are open wide; the one that opened sooner comes first. 0.01 is not told.
     named = [line for line in lines[6:] if line]
@@ -237,13 +235,15 @@ def test_rows_of_other_settings_are_refused(tmp_path, capsys, monkeypatch):
     asked = ["--rows", str(file), "--tasks", "lm", "--steps", "20"]
     monkeypatch.setattr(heads, "load", None)  # neither is a model needed to see it
     assert main(asked) == 0  # as many steps as there are
-    for other in (["--penalty", "0.1"], ["--seed", "2001"], ["--keep", "0.2"]):
+    for other in (
+        ["--penalty", "0.1"],
+        ["--seed", "2001"],
+        ["--keep", "0.2"],
+        ["--recent-ratio", "1"],
+    ):
         with pytest.raises(SystemExit):
             main([*asked, *other])
         assert "has rows of other settings" in capsys.readouterr().err
-    file.write_text(json.dumps(ROWS[0] | {"of": OF | {"recent_ratio": 0.0}}) + "\n")
-    with pytest.raises(SystemExit):  # an earlier default
-        main(asked)
     assert len(file.read_text().splitlines()) == 1
 
 

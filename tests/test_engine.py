@@ -19,6 +19,7 @@ PHASES: dict[str, dict[str, Any]] = {
     "during_prefill": {
         "budget": 128,
         "recent_tokens": 16,
+        "recent_ratio": 0.5,
         "interval": 48,
         "phase": "during_prefill",
         "bands": 2,
@@ -106,8 +107,8 @@ def test_pages_return_and_are_used(tiny_llama: Path) -> None:
         free = engine.pool.get_num_free_blocks()
         assert free == 28 - 19
         run.step()
-        # 64 are recent: e = (600 - 64) // 32 = 16 blocks, 88 tokens untouched, k = 40 // 32 = 1.
-        assert engine.pool.get_num_free_blocks() == free + 16 - 1
+        # e = (600 - 16) // 32 = 18 blocks, 24 tokens untouched, k = (128 - 24) // 32 = 3.
+        assert engine.pool.get_num_free_blocks() == free + 18 - 3
         assert len(engine.plans) == 1
         run.add("second", second, 30)
         run.finish()
@@ -117,7 +118,7 @@ def test_pages_return_and_are_used(tiny_llama: Path) -> None:
 
 
 def test_shared_prefix_returns_with_its_last_user(tiny_llama: Path) -> None:
-    settings = {"budget": 128, "recent_tokens": 16, "recent_ratio": 0.0, "interval": 64}
+    settings = {"budget": 128, "recent_tokens": 16, "interval": 64}
     (prompt,) = make_prompts(1, seed=6, shortest=512, longest=513)
     prompt = prompt[:520]
     with engines.engine(tiny_llama, settings, max_model_len=1024) as engine:

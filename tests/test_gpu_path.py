@@ -54,7 +54,7 @@ BANDS = {**FLAT, "method": "keydiff", "bands": 3, "pyramid_beta": 1.2, "phase": 
 DECODE = {**FLAT, "phase": "decode", "budget": 64, "recent_tokens": 0}
 TWO_BANDS = {**FLAT, "bands": 2, "pyramid_beta": 1.2}
 # Layers 0 and 1 hold the whole heads: 2:1 and 3:1 change places with 0:0 and 1:1.
-HEADS = {**FLAT, "method": "kvdiff", "skip_heads": "0:1,1:0,2:1,3:1"}
+HEADS = {**FLAT, "method": "kvdiff", "recent_ratio": 0.3, "skip_heads": "0:1,1:0,2:1,3:1"}
 
 NEAR_TIE = 1e-3
 """Relative: methods round their scores to 12 bits, the oracle does not."""

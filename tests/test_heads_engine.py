@@ -33,7 +33,12 @@ PLANNED = {
 """By the layers of a group: how many neighbours the CPU backend has to plan its work for."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "after_prefill": {**PHASES["after_prefill"], "method": "kvdiff", "skip_heads": ONE_HOST},
+    "after_prefill": {
+        **PHASES["after_prefill"],
+        "method": "kvdiff",
+        "recent_ratio": 0.5,
+        "skip_heads": ONE_HOST,
+    },
     "during_prefill": {**PHASES["during_prefill"], "skip_heads": TWO_HOSTS},
     "merge": {
         "method": "merge",

@@ -138,7 +138,7 @@ def test_padding_is_never_kept(model: Any) -> None:
 def test_methods_know_layer_and_position(model: Any) -> None:
     """What stays is what the method file says for this layer, seed and length."""
     (ids,) = random_ids(41)
-    cache = CompressedCache(SMALL | {"method": "random", "seed": 3, "recent_ratio": 0.0})
+    cache = CompressedCache(SMALL | {"method": "random", "seed": 3})
     with torch.no_grad():
         model(ids[None], past_key_values=cache)
     for index, layer in enumerate(cache.layers):

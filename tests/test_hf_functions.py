@@ -138,7 +138,6 @@ def test_l2_compress_is_the_cache_that_compresses_itself(model: Any) -> None:
         "keep_ratio": 0.5,
         "sink_tokens": 0,
         "recent_tokens": 0,
-        "recent_ratio": 0.0,
         "interval": 1000,
     }
     itself = CompressedCache(settings)
@@ -288,7 +287,7 @@ def test_merge_compress_is_the_cache_that_compresses_itself(model: Any) -> None:
     plain, ids = filled(model)
     called = merge_compress(plain, 32, 1.0, 2, rope=model, recent_tokens=5)
     settings = {"method": "merge", "budget": 32, "sink_tokens": 2, "recent_tokens": 5}
-    itself = CompressedCache(settings | {"recent_ratio": 0.0, "interval": 1000})
+    itself = CompressedCache(settings | {"interval": 1000})
     with torch.no_grad():
         model(ids, past_key_values=itself)
     for one, other in zip(called.layers, itself.layers, strict=True):

@@ -176,7 +176,13 @@ def generated(model: Any, cache: Any, ids: torch.Tensor, new: int = NEW, **optio
 
 CASES: dict[str, dict[str, Any]] = {
     "knorm": {"budget": 24, "recent_tokens": 6},
-    "few recent": {"budget": 24, "recent_tokens": 6, "recent_ratio": 0.0},
+    "half recent": {"budget": 24, "recent_tokens": 6, "recent_ratio": 0.5},
+    "merged, half recent": {
+        "method": "merge",
+        "budget": 32,
+        "recent_tokens": 2,
+        "recent_ratio": 0.5,
+    },
     "all recent": {"budget": 24, "recent_tokens": 6, "recent_ratio": 1.0},
     "ratio": {"keep_ratio": 0.5, "recent_tokens": 6, "sink_tokens": 2},
     "pyramid": {"budget": 36, "recent_tokens": 6, "pyramid_beta": 2.5, "skip_layers": (1,)},

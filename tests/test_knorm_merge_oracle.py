@@ -39,7 +39,7 @@ SLOW = {
     ),
     # 29 blocks, of which a quarter is more than the 6 for all powers of two.
     "mean-count-quarter": Case({"budget": 1024, **OFTEN}, 3, 2, 96),
-    "mean-count-ratio": Case({"keep_ratio": 0.4, **OFTEN}, 3, 4, 192),
+    "mean-count-ratio": Case({"keep_ratio": 0.4, "recent_ratio": 0.3, **OFTEN}, 3, 4, 192),
     "mean-count-skip": Case({**FLAT, "skip_layers": [0, 1]}, 1, 3),
     "mean-count-many-sinks": Case({**FLAT, **OFTEN, "sink_tokens": 70}, 3, 3, 96),
     # 36 blocks, of which a quarter pooled would leave 27 for 28 blocks of sinks.

@@ -44,7 +44,9 @@ PREFILL = {"phase": "during_prefill", "interval": 192}
 CASES = {
     "mean-count-flat": Case({**FLAT, **OFTEN, "pooling": "mean"}, 3, 4, 96),
     "mean-none-six": Case({**SIX, "pooling": "mean", "merge_weighting": "none"}, 1, 3),
-    "best-count-during-prefill": Case({**SIX, **PREFILL, "pooling": "best"}, 5, 4),
+    "best-count-during-prefill": Case(
+        {**SIX, **PREFILL, "pooling": "best", "recent_ratio": 0.25}, 5, 4
+    ),
     # Maxima of turned keys blow attention up: with a smaller budget single steps of this
     # broken model amplify rounding to 3e-3.
     "max-count-flat": Case({"budget": 1024, **OFTEN, "pooling": "max"}, 3, 1, 96),

@@ -49,11 +49,17 @@ HEADS = "7:2,8:0,14:1,15:2,17:0,17:1,18:2,19:1,20:2,21:2,22:0,22:1,22:2,24:0,24:
 
 CASES = {
     "kvdiff-heads": Case(
-        {"method": "kvdiff", "budget": 256, "interval": 16, "skip_heads": HEADS}, 3, decoded=96
+        {
+            "method": "kvdiff",
+            "budget": 256,
+            "recent_ratio": 0.5,
+            "interval": 16,
+            "skip_heads": HEADS,
+        },
+        3,
+        decoded=96,
     ),
-    "knorm-256-flat": Case(
-        {"method": "knorm", "budget": 256, "interval": 16, "recent_ratio": 0.0}, 3, decoded=96
-    ),
+    "knorm-256-flat": Case({"method": "knorm", "budget": 256, "interval": 16}, 3, decoded=96),
     "knorm-512-pyramid": Case(
         {"method": "knorm", "budget": 512, "bands": 6, "pyramid_beta": 2.0}, 1
     ),

@@ -230,13 +230,7 @@ def test_same_answers(model, smollm, press, share):
         cache = DynamicCache()
         if press == "KeyDiffPress":
             cache = CompressedCache(
-                {
-                    "method": "keydiff",
-                    "keep_ratio": ratio,
-                    "sink_tokens": 0,
-                    "recent_tokens": 0,
-                    "recent_ratio": 0.0,
-                }
+                {"method": "keydiff", "keep_ratio": ratio, "sink_tokens": 0, "recent_tokens": 0}
             )
         with torch.no_grad():
             model.model(torch.tensor([context]), past_key_values=cache)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +251,7 @@ def test_engine_core_reads_what_a_request_asks_for() -> None:
     request = make_request(options, "0", [1] * 100, 8)
     request.sampling_params.extra_args = prefixed({"budget": 100, "context_tokens": 30})
     trajectory = planner.state(request).trajectory
-    assert trajectory.schedule.limits == (Limits(100, None, 4, 64, 4, None, Fraction(1, 2)), None)
+    assert trajectory.schedule.limits == (Limits(100, None, 4, 64, 4), None)
     assert trajectory.context_tokens == 30
     assert planner.stop(request, 0) == 30, "the chunk ends there, though all of it stays"
     assert planner.hit_limit(request) == 30

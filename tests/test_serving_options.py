@@ -400,8 +400,14 @@ def test_layers_that_the_demo_keeps_whole(
     found = command(*options)
     assert found.settings.skip_layers == skipped
     assert len(found.settings.skip_heads) == (0 if options else 15)
+    assert found.settings.recent_ratio == (0 if options else 0.5)
     config = found.values.additional_config["kvcompress"]
     assert tuple(config.get("skip_layers", ())) == skipped
+
+
+def test_recent_share_of_the_demo_may_be_chosen(demo: str) -> None:
+    found = command("--kvcompress-recent-ratio", "0.25").settings
+    assert (len(found.skip_heads), found.recent_ratio) == (15, 0.25)
 
 
 def test_layers_of_a_named_model_are_not_skipped(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ KV_HEADS = 3
 SKIP_HEADS = "7:2,8:0,14:1,15:2,17:0,17:1,18:2,19:1,20:1,20:2,21:2,22:1,23:0,23:2,24:0"
 """KV heads that ``serve.py`` keeps whole unless told otherwise; docs/quality.md says why."""
 
+RECENT_RATIO = 0.5
+"""Share of what the other heads keep that is recent, beside those."""
+
 SKIP_LAYERS = (7, 18, 23)
 """Layers that it keeps whole where heads cannot change places."""
 

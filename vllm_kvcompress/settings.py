@@ -68,7 +68,7 @@ class Settings(BaseModel):
         64, ge=0, description="Latest tokens of a request that are never removed."
     )
     recent_ratio: float = Field(
-        0.5,
+        0.0,
         ge=0,
         le=1,
         allow_inf_nan=False,

@@ -53,10 +53,10 @@ class Shape:
     recent_ratio: float = 0.0
 
     @classmethod
-    def usual(cls) -> Shape:
-        """The default of the settings."""
-        defaults = parse_settings({})
-        return cls(defaults.sink_tokens, defaults.recent_tokens, defaults.recent_ratio)
+    def usual(cls, recent_ratio: float | None = None) -> Shape:
+        """The default of the settings, with another share if one is given."""
+        usual = parse_settings({} if recent_ratio is None else {"recent_ratio": recent_ratio})
+        return cls(usual.sink_tokens, usual.recent_tokens, usual.recent_ratio)
 
     def window(self, stay: int) -> int:
         """How many of the tokens kept are the last ones."""

@@ -131,7 +131,6 @@ def merge_settings(options: Namespace, config: Any) -> Settings:
             "pyramid_beta": beta,
             "sink_tokens": options.sink_tokens,
             "recent_tokens": recent,
-            "recent_ratio": 0.0,
             "pooling": options.seq_pooling_type,
             "merge_weighting": options.merge_weighting,
             "interval": options.interval,

@@ -114,7 +114,6 @@ def merge_compress(
                 "pyramid_beta": float(steepness_coefficient),
                 "sink_tokens": sink_tokens,
                 "recent_tokens": recent_tokens,
-                "recent_ratio": 0.0,
                 "skip_layers": tuple(sorted(skipped)),
                 "pooling": seq_pooling_type,
                 "merge_weighting": merge_weighting,

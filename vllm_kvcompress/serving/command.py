@@ -85,7 +85,7 @@ def _sensitive(values: argparse.Namespace) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and values.tensor_parallel_size == 1:
-        return {"skip_heads": bundled.SKIP_HEADS}
+        return {"skip_heads": bundled.SKIP_HEADS, "recent_ratio": bundled.RECENT_RATIO}
     return {"skip_layers": list(bundled.SKIP_LAYERS)}
 
 
@@ -158,7 +158,7 @@ def build_command(raw: dict[str, Any], rest: Sequence[str], inspected: Inspected
     merged = {**given_settings, **raw}
     one_group = values.disable_hybrid_kv_cache_manager
     if inspected.model is None and not one_group and not LAYER_CHOICES & merged.keys():
-        merged |= _sensitive(values)
+        merged = _sensitive(values) | merged
     settings = parse_settings(merged)
 
     argv = list(rest)
