@@ -195,8 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, tokenizer = load(str(args.model or model_directory()), "float32", "cpu")
     with gated_attention(model):
         lessons = make_lessons(model, tokenizer, args)
-        rows = learn(model, lessons, args.penalty, args.steps, args.seed, last)
-        add_rows(args.rows, rows, of, "step {step}: KL {kl:.4f}, gates {mean:.3f}")
+        learnt = learn(model, lessons, args.penalty, args.steps, args.seed, last)
+        add_rows(args.rows, learnt, of, "step {step}: KL {kl:.4f}, gates {mean:.3f}")
     return 0
 
 
