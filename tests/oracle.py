@@ -55,8 +55,10 @@ Ratios are exact: ``keep_ratio`` and ``pyramid_beta`` are the fractions their de
 strings say, ``Fraction(str(value))``.
 
 Heads in ``skip_heads`` keep everything; a layer compacts its other KV heads, if there are any.
-Records of such a layer have rows for these only. This is defined for one band, and not for
-``random``, whose heads the plugin counts by where they lie.
+Records of such a layer have rows for these only. Heads in ``boost_heads`` are a band of their
+own, the last, with the share ``f = boost``; in records those of layer ``i`` of ``m`` are layer
+``m + i``. Both are defined for one band of other heads, and not for ``random``, whose heads the
+plugin counts by where they lie.
 
 Bands are contiguous runs of the layers that are not skipped, as equal as possible, longer
 ones first. Layer ``i`` of ``m`` (all layers of the model count) has the share
@@ -116,7 +118,7 @@ class Compaction:
     candidate_blocks, kept_blocks : int
         ``e`` and ``k``: the candidates fill ``e`` blocks, ``k`` blocks of them stay.
     kept : dict[int, torch.Tensor]
-        Per layer, the positions of all tokens that are live afterwards,
+        Per layer (or boosted heads of one), the positions of all tokens that are live afterwards,
         ``[kv_heads, live]``, int64, ascending.
     candidates : dict[int, torch.Tensor]
         Per layer, the positions of the candidates, ``[kv_heads, e * bs]``, int64, ascending.
@@ -187,7 +189,9 @@ def untouched_base(settings: Settings, block_size: int, prompt_length: int) -> i
 
 
 def layer_share(settings: Settings, layer: int, num_layers: int) -> Fraction:
-    """Budget of a layer relative to that of layer 0, exact."""
+    """Budget of a layer relative to that of layer 0, exact; boosted heads' one behind the last."""
+    if layer >= num_layers:
+        return Fraction(str(settings.boost))
     beta = Fraction(str(settings.pyramid_beta))
     return 1 + Fraction(layer, num_layers) * (1 / beta - 1)
 
@@ -214,7 +218,7 @@ def band_budgets(
     Returns
     -------
     list[tuple[int, ...]]
-        Layers of each band.
+        Layers of each band, and those of boosted heads if there are any.
     list[int | None]
         Budget of each band in tokens, a multiple of ``block_size``; ``None`` with
         ``keep_ratio``.
@@ -223,8 +227,10 @@ def band_budgets(
     if not 1 <= bands <= len(eligible):
         raise ValueError(f"{bands} bands of {len(eligible)} layers")
     layers = [tuple(int(layer) for layer in run) for run in np.array_split(eligible, bands)]
+    if settings.boost_heads:
+        layers.append(tuple(num_layers + layer for layer in eligible))
     if settings.token_budget is None:
-        return layers, [None] * bands
+        return layers, [None] * len(layers)
     budgets = []
     for run in layers:
         tokens = settings.token_budget * band_share(settings, run, num_layers)
@@ -432,7 +438,7 @@ class DenseOracle:
     block_size : int
         Tokens per block.
     band_layers : sequence of sequence of int
-        Layers of each band; other layers keep everything.
+        Layers of each band, ``m + i`` for boosted heads; other layers keep everything.
     band_budgets : sequence of int or None
         Budget of each band in tokens; ``None`` with ``keep_ratio``.
     """
@@ -463,13 +469,18 @@ class DenseOracle:
         ]
         self.query_heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
+        apart = {*settings.skip_heads, *settings.boost_heads}
         self.compressed = [
-            [head for head in range(self.kv_heads) if (layer, head) not in settings.skip_heads]
+            [head for head in range(self.kv_heads) if (layer, head) not in apart]
+            for layer in range(len(self.layers))
+        ] + [
+            [head for head in range(self.kv_heads) if (layer, head) in settings.boost_heads]
             for layer in range(len(self.layers))
         ]
-        """KV heads of each layer that are not in ``skip_heads``."""
-        if settings.skip_heads and (len(band_layers) > 1 or settings.method == "random"):
-            raise ValueError("skip_heads is defined for one band, and not for random")
+        """KV heads of each layer that have the usual budget, then those that are boosted."""
+        bands = 2 if settings.boost_heads else 1
+        if apart and (len(band_layers) > bands or settings.method == "random"):
+            raise ValueError("heads apart are defined for one band, and not for random")
         self.head_dim = self.layers[0].self_attn.head_dim
 
     @torch.no_grad()
@@ -588,7 +599,7 @@ class DenseOracle:
             zip(self.band_layers, self.band_budgets, strict=True)
         ):
             layers = [layer for layer in layers if self.compressed[layer]]
-            counts = torch.cat([self._alive[i, self.compressed[i]].sum(-1) for i in layers])
+            counts = torch.cat([self._heads(self._alive, i).sum(-1) for i in layers])
             live = int(counts[0])
             assert (counts == live).all(), "heads and layers of a band hold equally many tokens"
             planned = planned_blocks(
@@ -613,7 +624,7 @@ class DenseOracle:
                             f"layer {layer} at {position}: kept {list(forced.shape)}, expected "
                             f"{list(compaction.kept[layer].shape)}"
                         )
-                    if not self._alive[layer, self.compressed[layer]].gather(1, forced).all():
+                    if not self._heads(self._alive, layer).gather(1, forced).all():
                         raise ValueError(f"layer {layer} at {position}: kept a dead token")
                     self._keep_only(layer, forced)
                 else:
@@ -621,11 +632,15 @@ class DenseOracle:
             done.append(compaction)
         return done
 
+    def _heads(self, cache: torch.Tensor, layer: int) -> torch.Tensor:
+        """A copy of a layer's compressed heads; ``layer`` as in records."""
+        return cache[layer % len(self.layers), self.compressed[layer]]
+
     def _keep_only(self, layer: int, kept: torch.Tensor) -> None:
         """Let all tokens but these die in the heads of a layer that are compressed."""
-        heads = self.compressed[layer]
-        dead = torch.zeros_like(self._alive[layer, heads])
-        self._alive[layer, heads] = dead.scatter_(1, kept, True)
+        dead = torch.zeros_like(self._heads(self._alive, layer))
+        index, heads = layer % len(self.layers), self.compressed[layer]
+        self._alive[index, heads] = dead.scatter_(1, kept, True)
 
     def _compact_layer(self, layer: int, compaction: Compaction) -> None:
         """Choose the tokens of one layer that stay; fill the layer's part of the record."""
@@ -634,11 +649,11 @@ class DenseOracle:
         stop = base + compaction.candidate_blocks * self.block_size
         # nonzero is ordered by head, then position.
         heads = self.compressed[layer]
-        live = self._alive[layer, heads].nonzero()[:, 1].view(len(heads), -1)
+        live = self._heads(self._alive, layer).nonzero()[:, 1].view(len(heads), -1)
         candidates = live[:, base:stop]
         index = candidates[..., None].expand(-1, -1, self.head_dim)
         keys, values = (
-            cache[layer, heads].gather(1, index) for cache in (self._keys, self._values)
+            self._heads(cache, layer).gather(1, index) for cache in (self._keys, self._values)
         )
         scores = candidate_scores(self.settings, keys, layer, compaction.position, values)
         scores[:, : 0 if self._base else self.settings.sink_tokens] = math.inf
@@ -649,7 +664,7 @@ class DenseOracle:
 
     def _untouched(self, layer: int) -> int:
         """Live tokens below the base: fewer than it where a context was compressed."""
-        return int(self._alive[layer, self.compressed[layer][0], : self._base].sum())
+        return int(self._heads(self._alive, layer)[0, : self._base].sum())
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from check_tools import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.bands import MAX_PADDING, group_layout, keep_ratio, plan_bands
+from vllm_kvcompress.bands import MAX_PADDING, Shares, group_layout, plan_bands
 from vllm_kvcompress.check.dense import Shape, compress
 from vllm_kvcompress.check.findings import Findings
 from vllm_kvcompress.check.measure import measure
@@ -194,9 +194,9 @@ def test_chosen_layers_are_the_worst_and_make_few_groups(losses, removed):
     assert bool(chosen) <= bool(sensitive)
     if not chosen:
         return
-    assert keep_ratio(removed, len(chosen) / len(losses)) >= OTHERS_KEEP
+    assert Shares(len(chosen) / len(losses)).keep_ratio(removed) >= OTHERS_KEEP
     larger = [size for size in allowed_sizes(len(losses)) if size > len(chosen)]
-    assert all(keep_ratio(removed, size / len(losses)) < OTHERS_KEEP for size in larger)
+    assert all(Shares(size / len(losses)).keep_ratio(removed) < OTHERS_KEEP for size in larger)
     others = [loss for layer, loss in enumerate(losses) if layer not in chosen]
     assert min(losses[layer] for layer in chosen) >= max(others)
     bands = plan_bands(parse_settings({"skip_layers": list(chosen)}), len(losses), 32)
@@ -206,11 +206,13 @@ def test_chosen_layers_are_the_worst_and_make_few_groups(losses, removed):
 
 
 def test_keep_ratio_beside_whole_layers():
-    assert keep_ratio(0.75, 3 / 30) == pytest.approx(0.15 / 0.9)
-    assert keep_ratio(0.75, 0) == 0.25
-    assert keep_ratio(0.9, 3 / 30) == pytest.approx(0)
+    assert Shares(3 / 30).keep_ratio(0.75) == pytest.approx(0.15 / 0.9)
+    assert Shares().keep_ratio(0.75) == 0.25
+    assert Shares(3 / 30).keep_ratio(0.9) == pytest.approx(0)
     for removed, skipped, layers in product((0.1, 0.3, 0.6), (1, 3, 5), (20, 30)):
-        mean = (skipped + (layers - skipped) * keep_ratio(removed, skipped / layers)) / layers
+        mean = (
+            skipped + (layers - skipped) * Shares(skipped / layers).keep_ratio(removed)
+        ) / layers
         assert mean == pytest.approx(1 - removed)
 
 

@@ -39,8 +39,8 @@ from oracle import (
     max_logprob_difference,
     untouched_base,
 )
+from placed_heads import by_head
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from whole_heads import by_head
 
 from vllm_kvcompress.settings import SettingsError, parse_settings
 from vllm_kvcompress.worker.runner import CompressedRunnerV2
@@ -53,8 +53,15 @@ FLAT = {"method": "knorm", "budget": 96, "recent_tokens": 16, "sink_tokens": 2, 
 BANDS = {**FLAT, "method": "keydiff", "bands": 3, "pyramid_beta": 1.2, "phase": "during_prefill"}
 DECODE = {**FLAT, "phase": "decode", "budget": 64, "recent_tokens": 0}
 TWO_BANDS = {**FLAT, "bands": 2, "pyramid_beta": 1.2}
-# Layers 0 and 1 hold the whole heads: 2:1 and 3:1 change places with 0:0 and 1:1.
-HEADS = {**FLAT, "method": "kvdiff", "recent_ratio": 0.3, "skip_heads": "0:1,1:0,2:1,3:1"}
+# Layers 0 and 1 hold the whole heads and layer 2 the boosted ones, of layers 2 and 3.
+HEADS = {
+    **FLAT,
+    "method": "kvdiff",
+    "recent_ratio": 0.3,
+    "skip_heads": "0:1,1:0,2:1,3:1",
+    "boost_heads": "2:0,3:0",
+    "boost": 1.3,
+}
 
 NEAR_TIE = 1e-3
 """Relative: methods round their scores to 12 bits, the oracle does not."""
@@ -219,7 +226,14 @@ def cases(llama: Path, small_llama: Path) -> dict[str, dict[str, Any]]:
         "triton-heads": {
             **_case(
                 small_llama,
-                {**HEADS, "budget": 64, "recent_tokens": 1, "skip_heads": "0:1,1:0"},
+                {
+                    **FLAT,
+                    "method": "kvdiff",
+                    "recent_ratio": 0.3,
+                    "budget": 64,
+                    "recent_tokens": 1,
+                    "skip_heads": "0:1,1:0",
+                },
                 [{"requests": [0, 1]}],
             ),
             "prompts": _prompts(3, (84, 70)),

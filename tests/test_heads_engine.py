@@ -1,4 +1,4 @@
-"""KV heads that keep every token, in a running engine: as without them, and as each alone.
+"""KV heads that keep every token or more than others, in an engine: as without, and as alone.
 
 What they compute is compared with the dense oracle in ``test_oracle.py`` and
 ``test_gpu_path.py``.
@@ -26,6 +26,9 @@ ONE_HOST = "0:1,1:3,2:0,3:2"
 TWO_HOSTS = "0:1,1:3,2:0,2:2,3:0,3:1,3:2,3:3"
 """Layer 3 is whole; layer 2 holds 0:1 and 1:3, which its other heads make room for."""
 
+BOOSTED = "0:3,1:0,1:1,3:0"
+"""Beside ONE_HOST: layer 1 holds these, so layers have heads in up to three layers' pages."""
+
 PLANNED = {
     ONE_HOST: {(0,): [1], (1,): [1, 3], (2,): [1, 3], (3,): [1, 3]},
     TWO_HOSTS: {(0, 1): [1, 3], (2, 3): [1, 2]},
@@ -40,6 +43,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "skip_heads": ONE_HOST,
     },
     "during_prefill": {**PHASES["during_prefill"], "skip_heads": TWO_HOSTS},
+    "boost": {
+        **PHASES["after_prefill"],
+        "method": "kvdiff",
+        "recent_ratio": 0.5,
+        "skip_heads": ONE_HOST,
+        "boost_heads": BOOSTED,
+        "boost": 2.0,
+    },
+    "boost, during_prefill": {
+        "budget": 128,
+        "recent_tokens": 16,
+        "interval": 48,
+        "phase": "during_prefill",
+        "boost_heads": TWO_HOSTS,
+        "boost": 1.5,
+    },
     "merge": {
         "method": "merge",
         "pooling": "mean",

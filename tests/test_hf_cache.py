@@ -432,7 +432,8 @@ def test_a_mask_added_to_the_logits_works_too(model: Any) -> None:
         ({"skip_layers": (4,)}, r"skip_layers=\[4\] is not allowed: the model has layers 0 to 3"),
         ({"budget": 8, "recent_tokens": 6}, "do not fit"),
         ({"method": "merge", "budget": 16, "recent_tokens": 6}, "too small for method=merge"),
-        ({"skip_heads": "0:0,1:1"}, "skip_heads is not supported in transformers caches"),
+        ({"skip_heads": "0:0,1:1"}, "skip_heads and boost_heads are not supported in transformers"),
+        ({"boost_heads": "0:0,1:1"}, "boost_heads are not supported in transformers caches"),
         ({"method": "knorm+merge"}, r"method=knorm\+merge is not supported in transformers"),
     ],
 )

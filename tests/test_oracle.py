@@ -20,8 +20,8 @@ from oracle import (
     kept_sets_agree,
     untouched_base,
 )
+from placed_heads import by_head
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_heads import by_head
 
 from vllm_kvcompress.settings import parse_settings
 
@@ -47,7 +47,24 @@ class Case:
 HEADS = "7:2,8:0,14:1,15:2,17:0,17:1,18:2,19:1,20:2,21:2,22:0,22:1,22:2,24:0,24:2"
 """KV heads that keep every token: one, two or all of a layer, in five layers' pages."""
 
+BOOSTED = "0:0,1:0,2:1,2:2,3:1,7:1,9:0,14:0,16:0,18:0,20:1,21:0,21:1,23:0,24:1"
+"""KV heads with a larger budget, in other five layers' pages; heads of 7 lie in three kinds."""
+
 CASES = {
+    "kvdiff-boost": Case(
+        {
+            "method": "kvdiff",
+            "budget": 96,
+            "recent_tokens": 16,
+            "recent_ratio": 0.5,
+            "interval": 16,
+            "skip_heads": HEADS,
+            "boost_heads": BOOSTED,
+            "boost": 4,
+        },
+        3,
+        decoded=96,
+    ),
     "kvdiff-heads": Case(
         {
             "method": "kvdiff",
@@ -99,6 +116,19 @@ CASES = {
 }
 
 SLOW = {
+    "keydiff-boost-context": Case(
+        {
+            "method": "keydiff",
+            "keep_ratio": 0.1,
+            "recent_tokens": 16,
+            "interval": 32,
+            "boost_heads": BOOSTED,
+            "skip_layers": [4],
+        },
+        1,
+        decoded=96,
+        context=1509,
+    ),
     "keydiff-heads-context": Case(
         {
             "method": "keydiff",

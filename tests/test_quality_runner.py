@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quality_tools import MODEL, FakeServer, WordTokenizer, write_texts
+from quality_tools import MODEL, SETTINGS, FakeServer, WordTokenizer, write_texts
 
 from bench.quality import __main__ as command
 from bench.quality.endpoint import Endpoint, EndpointError
@@ -28,6 +28,7 @@ from bench.quality.servers import own_servers
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.case import TaskError
 from bench.quality.tasks.texts import VARIABLE
+from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.methods import MERGING, METHODS
 
@@ -287,13 +288,13 @@ def test_plans_are_of_known_tasks() -> None:
         ]
 
 
-def servers_of(*words: str) -> list[tuple[str, str, tuple[str, ...], float]]:
-    """Variant, method, what is asked for and the share of whole layers of servers to start."""
+def servers_of(*words: str) -> list[tuple[str, str, tuple[str, ...], Shares]]:
+    """Variant, method, what is asked for and the shares of whole layers of servers to start."""
     arguments = run_parser("").parse_args([*words])
     plan = plan_of(arguments, {"passkey": TASKS["passkey"]})
     model = arguments.model or str(model_directory())
     return [
-        (one.variant, one.method, one.methods, one.whole)
+        (one.variant, one.method, one.methods, one.shares)
         for one in own_servers(plan, model, arguments)
     ]
 
@@ -301,35 +302,35 @@ def servers_of(*words: str) -> list[tuple[str, str, tuple[str, ...], float]]:
 def test_servers_to_start() -> None:
     methods = ("--methods", "knorm,random,merge,knorm+merge")
     assert servers_of("--model", "some/model-1", *methods) == [
-        ("", "knorm", ("knorm", "random"), 0),
-        ("", "merge", ("merge",), 0),
-        ("", "knorm+merge", ("knorm+merge",), 0),
+        ("", "knorm", ("knorm", "random"), ALIKE),
+        ("", "merge", ("merge",), ALIKE),
+        ("", "knorm+merge", ("knorm+merge",), ALIKE),
     ]
     assert servers_of("--model", "some/model-1", "--methods", "merge") == [
-        ("", "merge", ("merge",), 0)
+        ("", "merge", ("merge",), ALIKE)
     ]
 
 
 def test_the_bundled_model_is_served_as_by_default_and_flat() -> None:
     assert servers_of("--short") == [
-        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), pytest.approx(1 / 6)),
-        ("flat", "kvdiff", ("kvdiff", "knorm"), 0),
+        ("", "kvdiff", ("kvdiff", "keydiff", "knorm"), Shares(1 / 6)),
+        ("flat", "kvdiff", ("kvdiff", "knorm"), ALIKE),
     ]
     options = "--kvcompress-skip-layers 0,1,2,3,4,5"
     (own,) = servers_of("--short", "--variant", "few", "--server-options", options)
-    assert own == ("few", "kvdiff", ("kvdiff", "keydiff", "knorm"), 0.2)
+    assert own == ("few", "kvdiff", ("kvdiff", "keydiff", "knorm"), Shares(0.2))
     options = "--kvcompress-skip-heads 7:2,8:0,23:0 --kvcompress-skip-layers 0,1"
     (own,) = servers_of("--short", "--server-options", options)
-    assert own[-1] == pytest.approx(0.1)
+    assert own[-1] == Shares(0.1)
     options = "--kvcompress-bands 6"
     (own,) = servers_of("--short", "--server-options", options)
-    assert own[-1] == 0
+    assert own[-1] == ALIKE
 
 
 def test_servers_settings_may_come_as_additional_config() -> None:
     config = '{"kvcompress": {"skip_layers": []}}'
     (own,) = servers_of("--short", "--server-options", f"--additional-config '{config}'")
-    assert own[-1] == 0
+    assert own[-1] == ALIKE
 
 
 BANDS = ({"band": 0, "layers": list(range(27))}, {"band": -1, "layers": [27, 28, 29]})
@@ -349,12 +350,32 @@ def test_layers_kept_whole_leave_less_to_the_others(tmp_path: Path) -> None:
         harness.run(FakeServer(harness.reply))
 
 
+def test_boosted_heads_of_a_server_are_reckoned_with(tmp_path: Path) -> None:
+    """Three layers whole and six with a boost of 4: 0.15 are left to 21 + 6 * 4 layers of 30."""
+    harness = Harness(tmp_path / "rows", replace(PLAN, shares=(0.75,), methods=("knorm",)))
+    settings = {**SETTINGS, "boost_heads": [[0, 1], [1, 1], [2, 1]], "boost": 4.0}
+    bands = (
+        {"band": 0, "layers": list(range(21))},
+        {"band": 1, "layers": list(range(21, 27))},
+        {"band": -1, "layers": [27, 28, 29]},
+    )
+    server = FakeServer(harness.reply, settings=settings, bands=bands)
+    rows = harness.run(server)
+    asked = {body["vllm_xargs"].get("kvcompress_keep_ratio") for body in server.asked}
+    assert asked == {None, 0.1}
+    assert {row.boosted for row in rows if row.method == "knorm"} == {0.2}
+    assert {row.boosted for row in rows if row.method == FULL} == {None}
+    unlike = ({"band": 0, "layers": list(range(27))}, bands[2])
+    with pytest.raises(RowsError, match=r"boosted heads in 0\.2 of its layers, this one has .* 0;"):
+        harness.run(FakeServer(harness.reply, bands=unlike))
+
+
 @given(st.floats(0.01, 0.99), st.floats(0, 0.5))
 def test_mean_share_is_kept_where_layers_are_whole(removed: float, whole: float) -> None:
-    variant = Variant("knorm", removed, STRICT)
-    assert whole + (1 - whole) * variant.keep_ratio(whole) == pytest.approx(1 - removed)
-    found = replace(SHORT, shares=(removed,)).variants("vt", ["knorm"], whole)
-    assert (variant in found) == (variant.keep_ratio(whole) >= 0.02)
+    variant, shares = Variant("knorm", removed, STRICT), Shares(whole)
+    assert whole + (1 - whole) * shares.keep_ratio(removed) == pytest.approx(1 - removed)
+    found = replace(SHORT, shares=(removed,)).variants("vt", ["knorm"], shares)
+    assert (variant in found) == (shares.keep_ratio(removed) >= 0.02)
     assert found[0] == Variant(FULL, 0.0, STRICT)
     if whole == 0:
         assert variant.xargs(9, 0)["kvcompress_keep_ratio"] == round(1 - removed, 6)

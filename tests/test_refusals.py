@@ -83,8 +83,17 @@ def test_a_chosen_block_size_stays(deep_llama: Path) -> None:
         ({"skip_heads": "3:0,3:0"}, "a head is named twice"),
         (
             {"skip_heads": "0:0,0:1", "skip_layers": list(range(1, 30))},
-            "with skip_heads it names every layer",
+            "with skip_heads or boost_heads it names every layer",
         ),
+        ({"boost_heads": "3:0,30:1"}, "there is no 30:1; the model has layers 0 to 29"),
+        ({"boost_heads": "3:1", "boost": 2.0}, "1 heads do not fill pages of 2 KV heads; name 2."),
+        (
+            {"boost_heads": "3:0,4:1", "skip_heads": "4:1,5:1"},
+            "4:1 is in both skip_heads and boost",
+        ),
+        ({"boost_heads": "3:0,4:1", "bands": 2}, "boost_heads and bands (2) are both set"),
+        ({"boost_heads": "3:0,4:1", "pyramid_beta": 2.0}, "boost_heads and pyramid_beta (2.0)"),
+        ({"boost": 3.0}, "boost (3.0) is set, but no boost_heads"),
         ({"method": "snapkv"}, "streaming, random, merge, knorm+merge, none"),
         ({"method": "merge", "budget": 192}, "one block per power of two of the longest request"),
         ({"method": "knorm+merge", "budget": 192}, "raise budget, lower pyramid_beta or max_model"),
@@ -134,8 +143,8 @@ def test_unsupported_features(options: dict[str, Any], said: str, deep_llama: Pa
 
 
 def test_heads_stay_on_their_rank(deep_llama: Path) -> None:
-    with pytest.raises(SettingsError, match="skip_heads cannot be combined with tensor parallel"):
-        config_of(deep_llama, {"skip_heads": "3:0,7:1"}, tensor_parallel_size=2)
+    with pytest.raises(SettingsError, match="boost_heads cannot be combined with tensor parallel"):
+        config_of(deep_llama, {"boost_heads": "3:0,7:1"}, tensor_parallel_size=2)
     config_of(deep_llama, {"skip_layers": [3]}, tensor_parallel_size=2)
     config_of(deep_llama, {"skip_heads": "3:0,7:1"})
 

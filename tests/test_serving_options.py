@@ -412,7 +412,7 @@ def test_recent_share_of_the_demo_may_be_chosen(demo: str) -> None:
 
 def test_layers_of_a_named_model_are_not_skipped(tmp_path: Path) -> None:
     settings = command(model(tmp_path / "named")).settings
-    assert settings.skip_layers == settings.skip_heads == ()
+    assert settings.skip_layers == settings.skip_heads == settings.boost_heads == ()
 
 
 def test_announcement_of_stock_vllm(demo: str) -> None:

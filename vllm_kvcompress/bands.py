@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
-from vllm_kvcompress.heads import whole_layers
+from vllm_kvcompress.heads import hosts
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.settings import Settings, SettingsError
 
@@ -166,8 +166,8 @@ class Band:
     Attributes
     ----------
     index : int
-        Position among the bands, from the first layers to the last; -1 for the layers
-        that keep every token.
+        Position among the bands, from the first layers to the last, then the layers whose pages
+        hold boosted heads; -1 for the layers that keep every token.
     layers : tuple of int
         Layer indices, ascending.
     limits : Limits or None
@@ -205,13 +205,13 @@ def plan_bands(
     longest : int
         Longest request in tokens, where it is known: merging needs room for it.
     kv_heads : int
-        KV heads of a layer; matters to ``skip_heads`` only.
+        KV heads of a layer; matters to ``skip_heads`` and ``boost_heads`` only.
 
     Returns
     -------
     list of Band
-        Bands from the first layers to the last; layers whose pages keep every token, if any,
-        come as a last band with index -1.
+        Bands from the first layers to the last; then one of boosted heads, if any, and layers whose
+        pages keep every token, if any, as a last band with index -1.
 
     Raises
     ------
@@ -226,43 +226,83 @@ def plan_bands(
             f"the model has layers 0 to {num_layers - 1}."
         )
     candidates = range(num_layers) if eligible is None else eligible
-    whole = whole_layers(settings, num_layers, kv_heads)
-    layers = [layer for layer in candidates if layer not in whole]
-    kept_whole = tuple(layer for layer in candidates if layer in whole)
+    apart = hosts(settings, num_layers, kv_heads)
+    layers = [layer for layer in candidates if layer not in (*apart.whole, *apart.boosted)]
+    kept_whole = tuple(layer for layer in candidates if layer in apart.whole)
+    boosted = tuple(layer for layer in candidates if layer in apart.boosted)
     if not layers:
         raise SettingsError(
             f"kvcompress: skip_layers={list(settings.skip_layers)} is not allowed: "
-            f"{'with skip_heads ' if settings.skip_heads else ''}it names "
+            f"{'with skip_heads or boost_heads ' if settings.places_heads else ''}it names "
             "every layer, so nothing would be compressed; use method=none for stock vLLM."
         )
     skipped = len(kept_whole)
-    count = _number_of_bands(settings, len(layers), skipped, other_groups)
+    others = (*other_groups, *([len(boosted)] if boosted else []))
+    count = _number_of_bands(settings, len(layers), skipped, others)
     bands = [
         Band(index, part, _limits(settings, part, num_layers, block_size))
         for index, part in enumerate(_split(layers, count))
     ]
+    if boosted:
+        boost = Fraction(str(settings.boost))
+        bands.append(
+            Band(count, boosted, _limits(settings, boosted, num_layers, block_size, boost))
+        )
     _check_room(settings, bands, block_size, longest)
     if skipped:
         bands.append(Band(-1, kept_whole, None))
     return bands
 
 
-def keep_ratio(removed: float, whole: float) -> float:
-    """Share that compressed layers keep for a mean over all layers, some of which stay whole.
+@dataclass(frozen=True)
+class Shares:
+    """Which shares of the cache's layers hold heads that keep more than the others.
 
-    Parameters
+    Attributes
     ----------
-    removed : float
-        Share removed in the mean over all layers, from 0 to 1.
     whole : float
-        Share of the layers that stay whole, below 1.
-
-    Returns
-    -------
-    float
-        Not positive if the whole layers alone hold more than is to be kept.
+        Share whose pages keep every token, below 1.
+    boosted : float
+        Share whose pages hold boosted heads.
+    boost : float
+        How many times as many tokens these keep.
     """
-    return (1 - removed - whole) / (1 - whole)
+
+    whole: float = 0.0
+    boosted: float = 0.0
+    boost: float = 1.0
+
+    @classmethod
+    def of(cls, settings: Settings, num_layers: int, kv_heads: int) -> Shares:
+        """Shares of a model's layers; parameters and errors as for :func:`plan_bands`."""
+        apart = hosts(settings, num_layers, kv_heads)
+        whole, boosted = len(apart.whole) / num_layers, len(apart.boosted) / num_layers
+        return cls(whole, boosted, settings.boost if boosted else 1.0)
+
+    def keep_ratio(self, removed: float) -> float:
+        """Share that the other heads keep for a mean over all.
+
+        Parameters
+        ----------
+        removed : float
+            Share removed in the mean over all layers, from 0 to 1.
+
+        Returns
+        -------
+        float
+            Not positive if the whole layers alone hold more than is to be kept.
+        """
+        others = 1 - self.whole - self.boosted
+        kept = 1 - removed - self.whole
+        ratio = kept / (others + self.boosted * self.boost)
+        if ratio * self.boost <= 1:
+            return ratio
+        # Boosted heads cannot keep more than every token.
+        return (kept - self.boosted) / others if others else ratio
+
+
+ALIKE = Shares()
+"""All heads have the same budget."""
 
 
 def largest_limits(
@@ -367,10 +407,14 @@ def pyramid_share(beta: float, layers: Sequence[int], num_layers: int) -> Fracti
 
 
 def _limits(
-    settings: Settings, layers: tuple[int, ...], num_layers: int, block_size: int
+    settings: Settings,
+    layers: tuple[int, ...],
+    num_layers: int,
+    block_size: int,
+    boost: Fraction = Fraction(1),
 ) -> Limits:
-    """Limits of one band: the mean of its layers on the pyramid."""
-    height = pyramid_share(settings.pyramid_beta, layers, num_layers)
+    """Limits of one band: the mean of its layers on the pyramid, times ``boost``."""
+    height = pyramid_share(settings.pyramid_beta, layers, num_layers) * boost
     budget = settings.token_budget
     ratio = None
     if budget is None:

@@ -59,7 +59,7 @@ def fill_in(config: VllmConfig, settings: Settings) -> None:
         For anything that is not supported.
     """
     _refuse(config)
-    if settings.skip_heads:
+    if settings.places_heads:
         _refuse_heads(config)
     if settings.phase == "during_prefill" and not config.scheduler_config.enable_chunked_prefill:
         raise SettingsError(
@@ -112,16 +112,16 @@ def _refuse(config: VllmConfig) -> None:
 
 
 def _refuse_heads(config: VllmConfig) -> None:
-    """Refuse what ``skip_heads`` in particular does not work with."""
+    """Refuse what ``skip_heads`` and ``boost_heads`` in particular do not work with."""
     if config.parallel_config.tensor_parallel_size > 1:
         raise SettingsError(
-            "kvcompress: skip_heads cannot be combined with tensor parallelism yet: heads change "
-            "places, and those of other ranks are out of reach; use skip_layers."
+            "kvcompress: skip_heads and boost_heads cannot be combined with tensor parallelism "
+            "yet: heads change places, and those of other ranks are out of reach; use skip_layers."
         )
     if config.compilation_config.pass_config.fuse_attn_quant:
         raise SettingsError(
-            "kvcompress: skip_heads cannot be combined with attention outputs that are quantized "
-            "within attention (fuse_attn_quant); use skip_layers."
+            "kvcompress: skip_heads and boost_heads cannot be combined with attention outputs that "
+            "are quantized within attention (fuse_attn_quant); use skip_layers."
         )
 
 

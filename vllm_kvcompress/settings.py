@@ -19,6 +19,9 @@ CONFIG_KEY = "kvcompress"
 
 DEFAULT_BUDGET = 1024
 
+Heads = tuple[tuple[int, int], ...]
+"""KV heads, as pairs of layer and head."""
+
 Phase = Literal["after_prefill", "during_prefill", "decode"]
 
 
@@ -30,7 +33,8 @@ class Settings(BaseModel):
     """What to compress, how far and when.
 
     Token counts are per request and per layer; every KV head keeps the same number of
-    tokens, each its own choice of them, but for those in ``skip_heads``, which keep all.
+    tokens, each its own choice of them, but for those in ``skip_heads``, which keep all, and in
+    ``boost_heads``, which keep ``boost`` times as many.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -78,10 +82,21 @@ class Settings(BaseModel):
     skip_layers: tuple[int, ...] = Field(
         (), description="Layers that keep every token, by index from 0."
     )
-    skip_heads: tuple[tuple[int, int], ...] = Field(
+    skip_heads: Heads = Field(
         (),
         description="KV heads that keep every token, as LAYER:HEAD,LAYER:HEAD,...; they change "
         "places with other heads, so that pages of their own hold them.",
+    )
+    boost_heads: Heads = Field(
+        (),
+        description="KV heads that keep boost times as many tokens as the others, named and placed "
+        "like skip_heads.",
+    )
+    boost: float = Field(
+        4.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="Budget of boost_heads, as a multiple of that of the others.",
     )
     pyramid_beta: float = Field(
         1.0,
@@ -142,16 +157,16 @@ class Settings(BaseModel):
             raise ValueError("a layer is named twice")
         return tuple(sorted(value))
 
-    @field_validator("skip_heads", mode="before")
+    @field_validator("skip_heads", "boost_heads", mode="before")
     @classmethod
     def _heads_as_pairs(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = [part for part in value.split(",") if part.strip()]
         return tuple(map(_head, value)) if isinstance(value, list | tuple) else value
 
-    @field_validator("skip_heads")
+    @field_validator("skip_heads", "boost_heads")
     @classmethod
-    def _heads_sorted_once(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    def _heads_sorted_once(cls, value: Heads) -> Heads:
         if any(layer < 0 or head < 0 for layer, head in value):
             raise ValueError("layers and heads count from 0 and cannot be negative")
         if len(set(value)) != len(value):
@@ -170,6 +185,17 @@ class Settings(BaseModel):
                 f"keep_ratio ({self.keep_ratio}) is a share of the prompt, which phase=decode "
                 "leaves alone; set budget instead"
             )
+        if both := sorted(set(self.skip_heads) & set(self.boost_heads)):
+            layer, head = both[0]
+            raise ValueError(f"{layer}:{head} is in both skip_heads and boost_heads")
+        if self.boost_heads and (self.pyramid_beta != 1 or self.bands is not None):
+            name = "bands" if self.pyramid_beta == 1 else "pyramid_beta"
+            raise ValueError(
+                f"boost_heads and {name} ({getattr(self, name)}) are both set, and both give "
+                "layers budgets of their own; set one of them"
+            )
+        if "boost" in self.model_fields_set and not self.boost_heads:
+            raise ValueError(f"boost ({self.boost}) is set, but no boost_heads")
         own = self.token_budget
         if self.max_budget is not None and own is not None and self.max_budget < own:
             raise ValueError(
@@ -189,6 +215,11 @@ class Settings(BaseModel):
     def enabled(self) -> bool:
         """Whether anything is to be compressed."""
         return self.method != "none"
+
+    @property
+    def places_heads(self) -> bool:
+        """Whether KV heads change places."""
+        return bool(self.skip_heads or self.boost_heads)
 
     @property
     def token_budget(self) -> int | None:

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.harness.engines import BLOCK_SIZE
-from vllm_kvcompress.bands import keep_ratio
+from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.bundled import KV_HEADS, LAYERS, SKIP_HEADS, SKIP_LAYERS
-from vllm_kvcompress.heads import whole_layers
 from vllm_kvcompress.settings import parse_settings
 
 PYRAMID_BETA = 4.0
@@ -107,8 +106,9 @@ def contender(name: str, tokens: int) -> Contender:
         )
     number, kind = float(found["number"]), KINDS[found["kind"]]
     mean = tokens / number
-    if whole := _whole_share(kind):
-        mean = tokens * keep_ratio(1 - 1 / number, whole)
+    shares = Shares.of(parse_settings(kind), LAYERS, KV_HEADS)
+    if shares != ALIKE:
+        mean = tokens * shares.keep_ratio(1 - 1 / number)
         if found["how"] == "/" and mean < LEAST_BLOCKS * BLOCK_SIZE:
             raise ValueError(f"{name!r} cannot be: what is kept whole alone holds about as much.")
     held = round((mean if found["how"] == "/" else number) / BLOCK_SIZE)
@@ -119,11 +119,6 @@ def contender(name: str, tokens: int) -> Contender:
         budget = int(budget / ((1 + 1 / PYRAMID_BETA) / 2))
     settings = {**kind, "budget": budget * BLOCK_SIZE, "interval": grown * BLOCK_SIZE}
     return Contender(name, settings, "fp8" if found["fp8"] else "auto")
-
-
-def _whole_share(kind: dict[str, Any]) -> float:
-    """Share of the bundled model's cache that keeps every token."""
-    return len(whole_layers(parse_settings(kind), LAYERS, KV_HEADS)) / LAYERS
 
 
 def with_budgets(names: Iterable[str], budgets: Iterable[int]) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> int:
         tokenizer = _tokenizer(arguments.tokenizer or model)
         for server in own_servers(plan, model, arguments):
             own = replace(plan, variant=server.variant)
-            info = ServerInfo(name, model, None, server.methods, {}, server.whole)
+            info = ServerInfo(name, model, None, server.methods, {}, server.shares)
             if _jobs(own, tasks, tokenizer, info, server.methods, output):
                 _ask_own(arguments, own, tasks, server, output)
     if not arguments.no_report:

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from vllm_kvcompress.bands import ALIKE, Shares
+
 TIMEOUT_SECONDS = 600.0
 RETRIES = 3
 
@@ -35,8 +37,8 @@ class ServerInfo:
         Compression methods that a request may ask for; empty for a server without ours.
     settings : dict
         The server's compression settings.
-    whole : float
-        Share of its layers that keep every token.
+    shares : Shares
+        Of its layers that keep more than the others.
     """
 
     model: str
@@ -44,7 +46,7 @@ class ServerInfo:
     max_tokens: int | None
     methods: tuple[str, ...]
     settings: Mapping[str, Any]
-    whole: float = 0.0
+    shares: Shares = ALIKE
 
     @property
     def label(self) -> str:
@@ -158,7 +160,7 @@ class Endpoint:
             max_tokens=found[0].get("max_model_len"),
             methods=tuple(ours.get("methods", ())),
             settings=ours.get("settings", {}),
-            whole=_whole(ours.get("bands", ())),
+            shares=_shares(ours),
         )
 
     async def generate(
@@ -245,10 +247,16 @@ class Endpoint:
         return found
 
 
-def _whole(bands: Sequence[Mapping[str, Any]]) -> float:
-    """Share of the layers that are in no band, or 0 if no layer is known."""
-    layers = sum(len(band["layers"]) for band in bands)
-    return sum(len(band["layers"]) for band in bands if band["band"] < 0) / max(layers, 1)
+def _shares(ours: Mapping[str, Any]) -> Shares:
+    """Shares of layers that keep more than the others, by a server's configuration."""
+    sizes = {band["band"]: len(band["layers"]) for band in ours.get("bands", ())}
+    if not sizes:
+        return ALIKE
+    layers, settings = sum(sizes.values()), ours["settings"]
+    whole = sizes.get(-1, 0) / layers
+    if not settings.get("boost_heads"):
+        return Shares(whole)
+    return Shares(whole, sizes[max(sizes)] / layers, settings["boost"])
 
 
 def _removed(body: Mapping[str, Any]) -> float | None:

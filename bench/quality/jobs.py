@@ -117,14 +117,20 @@ def _job(
             f"served with at most {info.max_tokens}; choose shorter --lengths."
         )
     left = []
-    for variant in plan.variants(task.name, methods, info.whole):
+    for variant in plan.variants(task.name, methods, info.shares):
         row = done.rows.get(row_key(plan, info, case, variant))
         if row is None:
             left.append(variant)
-        elif row.method != FULL and (row.whole or 0.0) != info.whole:
+        elif row.method != FULL and (row.whole or 0.0) != info.shares.whole:
             raise RowsError(
                 f"{done.path} has {case.key} of a server that keeps {row.whole or 0.0:.3g} of its "
-                f"layers whole, this one keeps {info.whole:.3g}; name another --variant."
+                f"layers whole, this one keeps {info.shares.whole:.3g}; name another --variant."
+            )
+        elif row.method != FULL and (row.boosted or 0.0) != info.shares.boosted:
+            raise RowsError(
+                f"{done.path} has {case.key} of a server with boosted heads in "
+                f"{row.boosted or 0.0:.3g} of its layers, this one has them in "
+                f"{info.shares.boosted:.3g}; name another --variant."
             )
         elif row.prompt != digest:
             raise RowsError(

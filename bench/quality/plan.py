@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.quality.rows import AFTER_PROMPT, DURING, FULL, STRICT
-from vllm_kvcompress.bands import keep_ratio
+from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.methods import MERGING, METHODS
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -47,11 +47,9 @@ class Variant:
     removed: float
     protocol: str
 
-    def keep_ratio(self, whole: float) -> float:
-        """What the other layers keep, if this share of them keeps everything."""
-        return keep_ratio(self.removed, whole)
-
-    def xargs(self, context_tokens: int, prune_after: int, whole: float = 0.0) -> dict[str, Any]:
+    def xargs(
+        self, context_tokens: int, prune_after: int, shares: Shares = ALIKE
+    ) -> dict[str, Any]:
         """``vllm_xargs`` of a request, for a server with our plugin.
 
         Parameters
@@ -60,8 +58,8 @@ class Variant:
             Tokens of the prompt's context.
         prune_after : int
             Only for compression during prefill, as the paper of knorm has it.
-        whole : float
-            Share of the layers that keep every token.
+        shares : Shares
+            Of layers that keep more than the others.
 
         Returns
         -------
@@ -71,7 +69,7 @@ class Variant:
             return {"kvcompress_enabled": 0}
         found: dict[str, Any] = {
             "kvcompress_method": self.method,
-            "kvcompress_keep_ratio": round(self.keep_ratio(whole), 6),
+            "kvcompress_keep_ratio": round(shares.keep_ratio(self.removed), 6),
             "kvcompress_report": 1,
         }
         if self.protocol == STRICT:
@@ -123,15 +121,15 @@ class Plan:
     chat: bool = False
     ask_failing: bool = False
 
-    def variants(self, task: str, methods: Sequence[str], whole: float = 0.0) -> list[Variant]:
+    def variants(self, task: str, methods: Sequence[str], shares: Shares = ALIKE) -> list[Variant]:
         """The full cache and, of these methods, all that is to be asked of a task.
 
         Parameters
         ----------
         task : str
         methods : sequence of str
-        whole : float
-            Share of the layers that keep every token.
+        shares : Shares
+            Of layers that keep more than the others.
 
         Returns
         -------
@@ -147,7 +145,7 @@ class Plan:
             for method in methods
             for share in self.shares
         ]
-        return [one for one in wanted if one.keep_ratio(whole) >= LEAST_RATIO]
+        return [one for one in wanted if shares.keep_ratio(one.removed) >= LEAST_RATIO]
 
     def count_of(self, task: str) -> int:
         """Cases of a task, of each length."""

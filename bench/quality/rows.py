@@ -79,6 +79,8 @@ class Row:
         Name for settings of the server that are not its defaults, such as ``no-sinks``.
     whole : float or None
         Share of the layers that kept every token; None if all were compressed.
+    boosted : float or None
+        Share of the layers that hold heads with a larger budget; None without.
     """
 
     task: str
@@ -98,6 +100,7 @@ class Row:
     kept: float | None = None
     variant: str = ""
     whole: float | None = None
+    boosted: float | None = None
 
     @property
     def row_key(self) -> RowKey:

@@ -99,7 +99,7 @@ class Runner:
     async def _ask(self, job: Job, variants: Sequence[Variant]) -> None:
         """One request, whose answer holds for all of these variants."""
         context = len(job.prompt.context)
-        xargs = variants[0].xargs(context, self.plan.prune_after, self.info.whole)
+        xargs = variants[0].xargs(context, self.plan.prune_after, self.info.shares)
         if not self.info.methods:  # a server without our plugin, asked for the full cache
             xargs = {}
         ids = [*job.prompt.context, *job.prompt.question]
@@ -163,5 +163,6 @@ class Runner:
             scored_tokens=scored_tokens,
             kept=None if removed_tokens is None else 1 - removed_tokens / whole,
             variant=self.plan.variant,
-            whole=None if variant.method == FULL else self.info.whole or None,
+            whole=None if variant.method == FULL else self.info.shares.whole or None,
+            boosted=None if variant.method == FULL else self.info.shares.boosted or None,
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.quality.plan import Plan
-from vllm_kvcompress.heads import whole_layers
+from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.serving.announce import uniform_layers
 from vllm_kvcompress.serving.command import build_command, inspect_arguments
@@ -33,15 +33,15 @@ class OwnServer:
     method : str
     methods : tuple of str
         What it is asked for.
-    whole : float
-        Share of its cache that keeps every token.
+    shares : Shares
+        Of its layers that keep more than the others.
     """
 
     variant: str
     options: tuple[str, ...]
     method: str
     methods: tuple[str, ...]
-    whole: float
+    shares: Shares
 
 
 def own_servers(plan: Plan, model: str, arguments: argparse.Namespace) -> list[OwnServer]:
@@ -69,9 +69,9 @@ def own_servers(plan: Plan, model: str, arguments: argparse.Namespace) -> list[O
         variants.append((FLAT, FLAT_OPTIONS, plan.flat_methods))
     found = []
     for variant, options, methods in variants:
-        whole = whole_share(model, options, bundled=not arguments.model)
+        shares = shares_of(model, options, bundled=not arguments.model)
         for method, asked in _by_server(methods):
-            found.append(OwnServer(variant, options, method, asked, whole))
+            found.append(OwnServer(variant, options, method, asked, shares))
     return found
 
 
@@ -82,14 +82,14 @@ def _by_server(methods: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     return found + [(name, (name,)) for name in merging]
 
 
-def whole_share(model: str, options: Sequence[str], bundled: bool) -> float:
-    """Share of the cache that keeps every token, as ``serve.py`` will have it."""
+def shares_of(model: str, options: Sequence[str], bundled: bool) -> Shares:
+    """Shares of layers that keep more than the others, as ``serve.py`` will have them."""
     ours, rest = split_arguments(options)
     named = [] if bundled else [model]
     settings = build_command(ours, [*named, *rest], inspect_arguments([*named, *rest])).settings
-    if not (settings.skip_layers or settings.skip_heads):
-        return 0.0
+    if not (settings.skip_layers or settings.places_heads):
+        return ALIKE
     heads = uniform_layers(model)
     if heads is None:
-        return 0.0
-    return len(whole_layers(settings, heads.layers, heads.kv_heads or 1)) / heads.layers
+        return ALIKE
+    return Shares.of(settings, heads.layers, heads.kv_heads or 1)

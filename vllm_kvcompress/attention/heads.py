@@ -165,31 +165,30 @@ def check(layer: Any, kv_heads: int) -> None:
     SettingsError
         For backends and kinds of attention that were never tried so.
     """
+    ours = "kvcompress: skip_heads and boost_heads"
     backend = layer.attn_backend.get_name()
     if backend not in BACKENDS:
         raise SettingsError(
-            f"kvcompress: skip_heads is not supported with the attention backend {backend} yet; "
+            f"{ours} are not supported with the attention backend {backend} yet; "
             f"choose {' or '.join(BACKENDS)} with --attention-backend, or use skip_layers."
         )
     if getattr(layer.impl, "sinks", None) is not None:
-        raise SettingsError(
-            "kvcompress: skip_heads cannot be combined with attention sinks; use skip_layers."
-        )
+        raise SettingsError(f"{ours} cannot be combined with attention sinks; use skip_layers.")
     if layer.query_quant is not None:
         raise SettingsError(
-            "kvcompress: skip_heads cannot be combined with quantized queries, which this backend "
+            f"{ours} cannot be combined with quantized queries, which this backend "
             f"has with kv_cache_dtype={layer.kv_cache_dtype}; use skip_layers or another type."
         )
     for fused in ("fused_rope_kvcache_supported", "fused_qk_norm_rope_kvcache_supported"):
         if getattr(layer.impl, fused, bool)():
             # It would write past us, all heads into the layer's own pages.
             raise SettingsError(
-                "kvcompress: skip_heads cannot be combined with cache updates that are fused with "
+                f"{ours} cannot be combined with cache updates that are fused with "
                 "the rotary embedding (ROCm with AITER); use skip_layers."
             )
     if layer.num_kv_heads != kv_heads:
         raise SettingsError(
-            f"kvcompress: skip_heads cannot be used: {layer.layer_name} has {layer.num_kv_heads} "
+            f"{ours} cannot be used: {layer.layer_name} has {layer.num_kv_heads} "
             f"KV heads here, not the {kv_heads} of the model; use skip_layers."
         )
 

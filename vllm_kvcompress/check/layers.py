@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from vllm_kvcompress.bands import keep_ratio
+from vllm_kvcompress.bands import Shares
 from vllm_kvcompress.check.dense import Context, Shape, compress, compute, kept_tokens
 from vllm_kvcompress.check.findings import Loss
 from vllm_kvcompress.check.tally import Tally, against, tell, tell_recalls
@@ -125,7 +125,7 @@ def skipping_losses(
         context = compute(model, sample.context)
         for share, tallies in lossy.items():
             skipped = skip_layers[share]
-            stay = round(keep_ratio(share, len(skipped) / num_layers) * context.tokens)
+            stay = round(Shares(len(skipped) / num_layers).keep_ratio(share) * context.tokens)
             keep = [stay] * num_layers
             for layer in skipped:
                 keep[layer] = context.tokens

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.bands import keep_ratio
+from vllm_kvcompress.bands import Shares
 from vllm_kvcompress.check.findings import BASELINES, Findings, Loss
 from vllm_kvcompress.check.skip import named
 
@@ -106,7 +106,7 @@ def _settings(findings: Findings, method: str, skip: bool, removed: float) -> di
 def _ratio_beside(findings: Findings, removed: float) -> float:
     """Share that the layers keep that are not skipped."""
     return round(
-        keep_ratio(removed, len(findings.skip_layers[removed]) / len(findings.layer_loss)), 4
+        Shares(len(findings.skip_layers[removed]) / len(findings.layer_loss)).keep_ratio(removed), 4
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from vllm_kvcompress.bands import group_layout, keep_ratio, plan_bands
+from vllm_kvcompress.bands import Shares, group_layout, plan_bands
 from vllm_kvcompress.settings import parse_settings
 
 SENSITIVE = 0.1
@@ -85,7 +85,7 @@ def choose_layers(
     if not sensitive_layers(losses):
         return ()
     count = len(losses)
-    fitting = [n for n in allowed_sizes(count) if keep_ratio(removed, n / count) >= least]
+    fitting = [n for n in allowed_sizes(count) if Shares(n / count).keep_ratio(removed) >= least]
     return tuple(sorted(_worst_first(losses)[: max(fitting, default=0)]))
 
 

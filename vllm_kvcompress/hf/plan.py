@@ -165,10 +165,10 @@ def check_method(settings: Settings) -> None:
     ------
     SettingsError
     """
-    if settings.skip_heads:
+    if settings.places_heads:
         raise SettingsError(
-            "kvcompress: skip_heads is not supported in transformers caches; use it in vLLM, or "
-            "skip_layers here."
+            "kvcompress: skip_heads and boost_heads are not supported in transformers caches; use "
+            "them in vLLM, or skip_layers here."
         )
     if settings.method in UNSUPPORTED:
         raise SettingsError(

@@ -72,11 +72,11 @@ def check_groups(
         limit = by_band[index]
         assert limit is not None
         kept = f"{limit.budget} tokens" if limit.budget else f"{float(limit.ratio or 0):.1%}"
+        boosted = settings.boost_heads and index == max(compressed)
         logger.info(
-            "kvcompress: band %d: layers %d to %d keep %s per request (%.0f%% of the cache).",
+            "kvcompress: band %d: %s keep %s per request (%.0f%% of the cache).",
             index,
-            layers[0],
-            layers[-1],
+            "boosted KV heads" if boosted else f"layers {layers[0]} to {layers[-1]}",
             kept,
             100 * len(layers) / total,
         )
@@ -94,11 +94,19 @@ def check_groups(
         config.num_blocks,
         vllm_config.cache_config.block_size,
     )
+    if settings.boost_heads:
+        logger.info(
+            "kvcompress: %d KV heads keep %g times as many tokens as the others; they lie in the "
+            "pages of layers %s, and those layers' other heads elsewhere.",
+            len(settings.boost_heads),
+            settings.boost,
+            ", ".join(map(str, compressed[max(compressed)])),
+        )
     if settings.skip_heads:
         held = ", ".join(map(str, sorted(set(bands[-1]) - set(settings.skip_layers))))
         logger.info(
             "kvcompress: %d KV heads keep every token; they lie in the pages of layers %s, and "
-            "those layers' other heads where these came from.",
+            "those layers' other heads elsewhere.",
             len(settings.skip_heads),
             held,
         )

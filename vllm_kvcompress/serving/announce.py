@@ -78,7 +78,7 @@ def describe_compression(command: Command) -> str:
     if not command.settings.enabled:
         return "Compression is off: stock vLLM."
     heads = uniform_layers(command.model)
-    if heads is None or (command.settings.skip_heads and heads.kv_heads is None):
+    if heads is None or (command.settings.places_heads and heads.kv_heads is None):
         return "What is compressed depends on the model's layers; vLLM's start-up log will say."
     from vllm.config import CacheConfig
 

@@ -14,7 +14,7 @@ from vllm_kvcompress.settings import CONFIG_KEY, Settings, SettingsError, parse_
 DEMO_KV_CACHE_BYTES = 512 * 2**20
 DEMO_BLOCK_SIZE = 32
 
-LAYER_CHOICES = {"skip_layers", "skip_heads", "bands", "pyramid_beta"}
+LAYER_CHOICES = {"skip_layers", "skip_heads", "boost_heads", "bands", "pyramid_beta"}
 """Settings with which a user decides about layers; else those of the bundled model apply."""
 
 _UNSET = object()

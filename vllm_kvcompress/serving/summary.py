@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_kvcompress.bands import Band, plan_bands
+from vllm_kvcompress.heads import heads_as_text
 from vllm_kvcompress.scheduler.schedule import Schedule
 from vllm_kvcompress.scheduler.trajectory import blocks_after
 from vllm_kvcompress.settings import Settings
@@ -72,8 +73,11 @@ def describe(settings: Settings, num_layers: int, block_size: int, kv_heads: int
         f"KV cache compression: {settings.method}, {when}, then every {settings.interval} "
         "generated tokens."
     ]
+    boosted = max(band.index for band in bands) if settings.boost_heads else None
     for band in bands:
         name = f"  layers {band.layers[0]}-{band.layers[-1]}"
+        if band.index == boosted:
+            name = f"  KV heads {heads_as_text(settings.boost_heads)}"
         if band.limits is None:
             lines += _whole(settings)
         elif band.limits.budget is not None:
@@ -95,6 +99,5 @@ def _whole(settings: Settings) -> list[str]:
     if settings.skip_layers:
         lines.append(f"  layers {', '.join(map(str, settings.skip_layers))}: every token")
     if settings.skip_heads:
-        heads = ", ".join(f"{layer}:{head}" for layer, head in settings.skip_heads)
-        lines.append(f"  KV heads {heads}: every token")
+        lines.append(f"  KV heads {heads_as_text(settings.skip_heads)}: every token")
     return lines

@@ -14,7 +14,7 @@ from vllm_kvcompress.settings import Settings, SettingsError
 
 
 def place_heads(runner: Any, settings: Settings, shared: set[str]) -> list[str]:
-    """Make layers find their heads where ``skip_heads`` puts them.
+    """Make layers find their heads where ``skip_heads`` and ``boost_heads`` put them.
 
     After the pages were learned: that writes all heads of a layer into its own.
 
@@ -49,7 +49,7 @@ def place_heads(runner: Any, settings: Settings, shared: set[str]) -> list[str]:
     if sharing := shared & {names[index] for index in placed}:
         raise SettingsError(
             f"kvcompress: layers {sorted(sharing)} share their cache with other layers, "
-            "which cannot be combined with skip_heads."
+            "which cannot be combined with skip_heads and boost_heads."
         )
     for parts in placed.values():
         for part in parts:

@@ -83,10 +83,11 @@ def compressed_specs(specs: dict[str, KVCacheSpec], config: VllmConfig) -> dict[
         settings, num_layers, block_size, sorted(eligible), longest=longest, kv_heads=kv_heads
     )
     moving = places(settings, num_layers, kv_heads).keys()
-    if missing := sorted(({layer for layer, _ in settings.skip_heads} | moving) - eligible.keys()):
+    named = settings.skip_heads + settings.boost_heads
+    if missing := sorted(({layer for layer, _ in named} | moving) - eligible.keys()):
         raise SettingsError(
-            f"kvcompress: skip_heads cannot be used: layers {missing} of this model have no cache "
-            "that can be compressed; use skip_layers."
+            "kvcompress: skip_heads and boost_heads cannot be used: "
+            f"layers {missing} of this model have no cache that can be compressed; use skip_layers."
         )
     for layer in moving:
         check(layers[eligible[layer]], kv_heads)

@@ -1,4 +1,4 @@
-"""Kept tokens with ``skip_heads``: from the layers in whose pages heads lie to their own."""
+"""Kept tokens where heads change places: from the layers in whose pages they lie to their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Live = dict[tuple[int, int], torch.Tensor]
 
 
 def by_head(live: Live, settings: Settings, num_layers: int, kv_heads: int) -> Live:
-    """Rows of each layer's own heads, without those that stay whole.
+    """Rows of each layer's own heads, without those that stay whole; see :mod:`oracle`.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def by_head(live: Live, settings: Settings, num_layers: int, kv_heads: int) -> L
     num_layers, kv_heads : int
         Of the model.
     """
-    if not settings.skip_heads:
+    if not settings.places_heads:
         return live
     placed = places(settings, num_layers, kv_heads)
     found: Live = {}
@@ -33,8 +33,14 @@ def by_head(live: Live, settings: Settings, num_layers: int, kv_heads: int) -> L
                 if (position, part.layer) in live:
                     pages = live[position, part.layer]
                     rows |= {head: pages[part.first + i] for i, head in enumerate(part.heads)}
-            compressed = [h for h in range(kv_heads) if (layer, h) not in settings.skip_heads]
-            if layer not in settings.skip_layers and compressed:
-                assert sorted(rows) == compressed
-                found[position, layer] = torch.stack([rows[head] for head in compressed])
+            if layer in settings.skip_layers:
+                continue
+            boosted = [h for h in range(kv_heads) if (layer, h) in settings.boost_heads]
+            apart = {*settings.skip_heads, *settings.boost_heads}
+            others = [h for h in range(kv_heads) if (layer, h) not in apart]
+            assert not rows.keys() - {*boosted, *others}
+            for name, heads in ((layer, others), (num_layers + layer, boosted)):
+                # All heads of a band are compacted at once, or none.
+                if any(head in rows for head in heads):
+                    found[position, name] = torch.stack([rows[head] for head in heads])
     return found
