@@ -27,11 +27,12 @@ TWO_HOSTS = "0:1,1:3,2:0,2:2,3:0,3:1,3:2,3:3"
 """Layer 3 is whole; layer 2 holds 0:1 and 1:3, which its other heads make room for."""
 
 BOOSTED = "0:3,1:0,1:1,3:0"
-"""Beside ONE_HOST: layer 1 holds these, so layers have heads in up to three layers' pages."""
+"""Beside ONE_HOST: layer 1 holds these, so layers have heads in up to four layers' pages."""
 
 PLANNED = {
     ONE_HOST: {(0,): [1], (1,): [1, 3], (2,): [1, 3], (3,): [1, 3]},
     TWO_HOSTS: {(0, 1): [1, 3], (2, 3): [1, 2]},
+    BOOSTED: {(0,): [1], (1,): [1, 2], (2, 3): [1, 3]},
 }
 """By the layers of a group: how many neighbours the CPU backend has to plan its work for."""
 
@@ -102,11 +103,12 @@ def test_identity_below_the_threshold(tiny_llama: Path) -> None:
     options = {"max_model_len": 512, "max_num_batched_tokens": 96, "max_num_seqs": 16}
     with engines.engine(tiny_llama, **options) as engine:
         wanted = engine.generate(prompts, 16)
-    for heads in (ONE_HOST, TWO_HOSTS):
-        with engines.engine(tiny_llama, {"budget": 512, "skip_heads": heads}, **options) as engine:
+    for heads, boosted in ((ONE_HOST, ()), (TWO_HOSTS, ()), (ONE_HOST, BOOSTED)):
+        settings = {"budget": 512, "skip_heads": heads, "boost_heads": boosted}
+        with engines.engine(tiny_llama, settings, **options) as engine:
             found = engine.generate(prompts, 16)
             assert not engine.plans
-            assert planned_heads(engine) == PLANNED[heads]
+            assert planned_heads(engine) == PLANNED[boosted or heads]
         assert [g.tokens for g in found] == [g.tokens for g in wanted]
         for generation, stock in zip(found, wanted, strict=True):
             assert generation.logprobs == pytest.approx(stock.logprobs, abs=1e-5)

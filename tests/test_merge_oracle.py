@@ -53,6 +53,15 @@ CASES = {
 }
 
 SLOW = {
+    "best-count-flat": Case({**FLAT, **OFTEN, "pooling": "best"}, 3, 4, 96),
+    "best-none-six": Case({**SIX, "pooling": "best", "merge_weighting": "none"}, 1, 3),
+    "mean-none-six-often": Case(
+        {**SIX, **OFTEN, "pooling": "mean", "merge_weighting": "none"}, 3, 4, 96
+    ),
+    "max-count-six": Case({"budget": 1024, "bands": 6, **OFTEN, "pooling": "max"}, 3, 1, 96),
+    "max-none-flat": Case(
+        {"budget": 1024, **OFTEN, "pooling": "max", "merge_weighting": "none"}, 3, 1, 96
+    ),
     "best-none-flat": Case(
         {**FLAT, **OFTEN, "pooling": "best", "merge_weighting": "none"}, 3, 4, 96
     ),

@@ -115,6 +115,7 @@ def test_prompt_longer_than_the_pool(tiny_llama: Path) -> None:
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a core for each rank")
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("name", [pytest.param("merge", marks=pytest.mark.slow), "knorm+merge"])
 def test_two_ranks(name: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = make_prompts(3, seed=20, shortest=400, longest=500)

@@ -157,7 +157,7 @@ SLOW = {
         3,
         decoded=96,
     ),
-    "keydiff-512-flat": Case({"method": "keydiff", "budget": 512}, 1),
+    "keydiff-512-flat": Case({"method": "keydiff", "budget": 512, "interval": 16}, 3, decoded=96),
     "keydiff-context-during-prefill": Case(
         {
             "method": "keydiff",
@@ -183,9 +183,22 @@ SLOW = {
         3,
         decoded=96,
     ),
-    "knorm-512-flat": Case({"method": "knorm", "budget": 512}, 1),
+    "knorm-512-flat": Case({"method": "knorm", "budget": 512, "interval": 16}, 3, decoded=96),
     "keydiff-512-pyramid": Case(
-        {"method": "keydiff", "budget": 512, "bands": 6, "pyramid_beta": 2.0}, 1
+        {"method": "keydiff", "budget": 512, "bands": 6, "pyramid_beta": 2.0, "interval": 16},
+        3,
+        decoded=96,
+    ),
+    "keydiff-512-during-prefill": Case(
+        {
+            "method": "keydiff",
+            "budget": 512,
+            "bands": 6,
+            "pyramid_beta": 2.0,
+            "phase": "during_prefill",
+            "interval": 256,
+        },
+        3,
     ),
     "keydiff-256-flat": Case({"method": "keydiff", "budget": 256, "interval": 16}, 3, 96),
     "keydiff-256-during-prefill": Case(

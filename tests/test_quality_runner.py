@@ -346,7 +346,7 @@ def test_layers_kept_whole_leave_less_to_the_others(tmp_path: Path) -> None:
     assert {row.whole for row in rows if row.method == FULL} == {None}
     assert {row.whole for row in rows if row.method == "knorm"} == {0.1}
     assert {row.removed for row in rows} == {0.0, 0.75}
-    with pytest.raises(RowsError, match=r"keeps 0\.1 of its layers whole, this one keeps 0;"):
+    with pytest.raises(RowsError, match=r"keeps 0\.1 of its layers whole, this one keeps 0 of"):
         harness.run(FakeServer(harness.reply))
 
 
@@ -365,9 +365,13 @@ def test_boosted_heads_of_a_server_are_reckoned_with(tmp_path: Path) -> None:
     assert asked == {None, 0.1}
     assert {row.boosted for row in rows if row.method == "knorm"} == {0.2}
     assert {row.boosted for row in rows if row.method == FULL} == {None}
+    assert {row.boost for row in rows if row.method == "knorm"} == {4.0}
     unlike = ({"band": 0, "layers": list(range(27))}, bands[2])
-    with pytest.raises(RowsError, match=r"boosted heads in 0\.2 of its layers, this one has .* 0;"):
+    with pytest.raises(RowsError, match=r"whole and 4 times as much in 0\.2 of them, this one"):
         harness.run(FakeServer(harness.reply, bands=unlike))
+    other = {**settings, "boost": 3.0}
+    with pytest.raises(RowsError, match=r"keeps 0\.1 .* and 3 times as much in 0\.2 of them; name"):
+        harness.run(FakeServer(harness.reply, settings=other, bands=bands))
 
 
 @given(st.floats(0.01, 0.99), st.floats(0, 0.5))

@@ -83,7 +83,7 @@ def test_a_chosen_block_size_stays(deep_llama: Path) -> None:
         ({"skip_heads": "3:0,3:0"}, "a head is named twice"),
         (
             {"skip_heads": "0:0,0:1", "skip_layers": list(range(1, 30))},
-            "with skip_heads or boost_heads it names every layer",
+            "with skip_heads it names every layer",
         ),
         ({"boost_heads": "3:0,30:1"}, "there is no 30:1; the model has layers 0 to 29"),
         ({"boost_heads": "3:1", "boost": 2.0}, "1 heads do not fill pages of 2 KV heads; name 2."),

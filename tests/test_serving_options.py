@@ -372,7 +372,7 @@ def test_announcement_of_the_demo(demo: str) -> None:
     for word in (
         "kvdiff",
         "512",
-        "KV heads 7:2, 8:0, ",
+        "KV heads 7:2,8:0,",
         "24:0: every token",
         "2,048",
         "4,096",

@@ -57,6 +57,7 @@ REFUSED: list[tuple[Any, list[str]]] = [
     ({"phase": "prefill"}, ["phase='prefill'", "'after_prefill', 'during_prefill' or 'decode'"]),
     ({"seed": -1}, ["seed=-1", "greater than or equal to 0"]),
     ({"seed": 1 << 40}, [f"seed={1 << 40}", "less than or equal to"]),
+    ({"budget": 10**20}, [f"budget={10**20}", "less than or equal to 1000000000"]),
     ({"budget": 9, "keep_ratio": 0.5}, ["budget (9)", "keep_ratio (0.5)", "set one of them"]),
     ({"phase": "decode", "keep_ratio": 0.5}, ["keep_ratio (0.5)", "phase=decode", "set budget"]),
     ({"pooling": "mean"}, ["pooling (mean)", "method=kvdiff", "merge or knorm+merge"]),

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
-from vllm_kvcompress.heads import hosts
+from vllm_kvcompress.heads import heads_as_text, hosts
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.settings import Settings, SettingsError
 
 MAX_PADDING = 0.05
 """Most padding that unequal groups may cost, as a share of the cache."""
+
+MOST_KEPT = 1 << 40
+"""Largest budget of a band: more than any request has, and small enough for any message."""
 
 AUTO_BANDS = 6
 """Number of bands aimed at when the pyramid is on and ``bands`` is not set."""
@@ -230,10 +233,15 @@ def plan_bands(
     layers = [layer for layer in candidates if layer not in (*apart.whole, *apart.boosted)]
     kept_whole = tuple(layer for layer in candidates if layer in apart.whole)
     boosted = tuple(layer for layer in candidates if layer in apart.boosted)
+    if boosted and not layers:
+        raise SettingsError(
+            f"kvcompress: boost_heads={heads_as_text(settings.boost_heads)} is not allowed: it "
+            "leaves no heads with the usual budget; name fewer, or raise budget or keep_ratio."
+        )
     if not layers:
         raise SettingsError(
             f"kvcompress: skip_layers={list(settings.skip_layers)} is not allowed: "
-            f"{'with skip_heads or boost_heads ' if settings.places_heads else ''}it names "
+            f"{'with skip_heads ' if settings.skip_heads else ''}it names "
             "every layer, so nothing would be compressed; use method=none for stock vLLM."
         )
     skipped = len(kept_whole)
@@ -260,10 +268,9 @@ class Shares:
 
     Attributes
     ----------
-    whole : float
-        Share whose pages keep every token, below 1.
-    boosted : float
-        Share whose pages hold boosted heads.
+    whole, boosted : float
+        Share whose pages keep every token, and share whose pages hold boosted heads; together
+        less than 1.
     boost : float
         How many times as many tokens these keep.
     """
@@ -274,7 +281,7 @@ class Shares:
 
     @classmethod
     def of(cls, settings: Settings, num_layers: int, kv_heads: int) -> Shares:
-        """Shares of a model's layers; parameters and errors as for :func:`plan_bands`."""
+        """Shares of a model's layers; parameters and errors as for :func:`heads.hosts`."""
         apart = hosts(settings, num_layers, kv_heads)
         whole, boosted = len(apart.whole) / num_layers, len(apart.boosted) / num_layers
         return cls(whole, boosted, settings.boost if boosted else 1.0)
@@ -298,7 +305,7 @@ class Shares:
         if ratio * self.boost <= 1:
             return ratio
         # Boosted heads cannot keep more than every token.
-        return (kept - self.boosted) / others if others else ratio
+        return (kept - self.boosted) / others
 
 
 ALIKE = Shares()
@@ -420,7 +427,7 @@ def _limits(
     if budget is None:
         ratio = min(Fraction(str(settings.keep_ratio)) * height, Fraction(1))
     else:
-        budget = ceil(budget * height / block_size) * block_size
+        budget = min(ceil(budget * height / block_size), MOST_KEPT // block_size) * block_size
     # The prompt is untouched in the decode phase, and the sinks with it.
     sinks = 0 if settings.phase == "decode" else settings.sink_tokens
     merging = None

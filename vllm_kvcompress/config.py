@@ -144,8 +144,8 @@ def _check_bands(config: VllmConfig, settings: Settings) -> None:
     if len(bands) > 1 and config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise SettingsError(
             f"kvcompress: {len(bands)} bands need a KV cache group each, which "
-            "disable_hybrid_kv_cache_manager forbids; use bands=1 and skip no layer, or "
-            "leave it on."
+            "disable_hybrid_kv_cache_manager forbids; use bands=1 without skip_layers, skip_heads "
+            "and boost_heads, or leave it on."
         )
 
 

@@ -158,7 +158,7 @@ def _check(name: str, heads: Heads, settings: Settings, num_layers: int, kv_head
             raise SettingsError(
                 f"{refused} {layer}:{head} is in skip_layers={list(settings.skip_layers)} already."
             )
-    if len(heads) % kv_heads:
+    if heads and len(heads) % kv_heads:
         fewer = len(heads) // kv_heads * kv_heads
         choices = " or ".join(str(n) for n in (fewer, fewer + kv_heads) if n)
         raise SettingsError(

@@ -14,16 +14,13 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_kvcompress.methods import MERGING
-from vllm_kvcompress.settings import Settings, SettingsError, parse_settings
+from vllm_kvcompress.settings import MOST_TOKENS, Settings, SettingsError, parse_settings
 
 PREFIX = "kvcompress_"
 """Start of the keys that are ours."""
 
 REPORT_KEY = f"{PREFIX}report"
 """Key that puts a request's account into its answer."""
-
-MOST_TOKENS = 1_000_000_000
-"""Largest number that a request may name; far beyond any context."""
 
 
 class RequestSettings(BaseModel):

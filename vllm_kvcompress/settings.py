@@ -19,6 +19,9 @@ CONFIG_KEY = "kvcompress"
 
 DEFAULT_BUDGET = 1024
 
+MOST_TOKENS = 1_000_000_000
+"""Largest budget that can be asked for; far beyond any context."""
+
 Heads = tuple[tuple[int, int], ...]
 """KV heads, as pairs of layer and head."""
 
@@ -47,12 +50,14 @@ class Settings(BaseModel):
     budget: int | None = Field(
         None,
         ge=1,
+        le=MOST_TOKENS,
         description="Tokens a request may keep per layer in band 0 "
         f"(default {DEFAULT_BUDGET} unless keep_ratio is set).",
     )
     max_budget: int | None = Field(
         None,
         ge=1,
+        le=MOST_TOKENS,
         description="Largest budget that a request may ask for (default: any, but the server's "
         "own with phase=during_prefill, where the pool is sized by it).",
     )
@@ -182,17 +187,21 @@ class Settings(BaseModel):
             )
         if self.phase == "decode" and self.keep_ratio is not None:
             raise ValueError(
-                f"keep_ratio ({self.keep_ratio}) is a share of the prompt, which phase=decode "
-                "leaves alone; set budget instead"
+                f"keep_ratio ({self.keep_ratio}) is a share of all tokens, the prompt's too, which "
+                "phase=decode leaves alone; set budget instead"
             )
         if both := sorted(set(self.skip_heads) & set(self.boost_heads)):
             layer, head = both[0]
             raise ValueError(f"{layer}:{head} is in both skip_heads and boost_heads")
-        if self.boost_heads and (self.pyramid_beta != 1 or self.bands is not None):
-            name = "bands" if self.pyramid_beta == 1 else "pyramid_beta"
+        if self.boost_heads and self.pyramid_beta != 1:
             raise ValueError(
-                f"boost_heads and {name} ({getattr(self, name)}) are both set, and both give "
+                f"boost_heads and pyramid_beta ({self.pyramid_beta}) are both set, and both give "
                 "layers budgets of their own; set one of them"
+            )
+        if self.boost_heads and self.bands is not None:
+            raise ValueError(
+                f"boost_heads and bands ({self.bands}) are both set; boosted heads are a band of "
+                "their own, and the others are split as wastes no memory; set one of them"
             )
         if "boost" in self.model_fields_set and not self.boost_heads:
             raise ValueError(f"boost ({self.boost}) is set, but no boost_heads")

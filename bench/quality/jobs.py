@@ -12,6 +12,7 @@ from bench.quality.plan import LANGUAGE, LEAST_BASELINE, Plan, Variant
 from bench.quality.rows import FULL, OURS, Row, RowKey, RowsError, prompt_digest, read_rows
 from bench.quality.tasks import Case, Task, prompt_ids
 from bench.quality.tasks.case import Prompt, TaskError, Tokenizer
+from vllm_kvcompress.bands import Shares
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,10 @@ def _job(
         row = done.rows.get(row_key(plan, info, case, variant))
         if row is None:
             left.append(variant)
-        elif row.method != FULL and (row.whole or 0.0) != info.shares.whole:
+        elif row.method != FULL and shares_of(row) != info.shares:
             raise RowsError(
-                f"{done.path} has {case.key} of a server that keeps {row.whole or 0.0:.3g} of its "
-                f"layers whole, this one keeps {info.shares.whole:.3g}; name another --variant."
-            )
-        elif row.method != FULL and (row.boosted or 0.0) != info.shares.boosted:
-            raise RowsError(
-                f"{done.path} has {case.key} of a server with boosted heads in "
-                f"{row.boosted or 0.0:.3g} of its layers, this one has them in "
-                f"{info.shares.boosted:.3g}; name another --variant."
+                f"{done.path} has {case.key} of a server that keeps {_told(shares_of(row))}, "
+                f"this one keeps {_told(info.shares)}; name another --variant."
             )
         elif row.prompt != digest:
             raise RowsError(
@@ -182,3 +177,15 @@ def row_key(plan: Plan, info: ServerInfo, case: Case, variant: Variant) -> RowKe
         variant.protocol,
         case.key,
     )
+
+
+def shares_of(row: Row) -> Shares:
+    """Shares of layers that kept more than the others on the server of a row."""
+    return Shares(row.whole or 0.0, row.boosted or 0.0, row.boost or 1.0)
+
+
+def _told(shares: Shares) -> str:
+    told = f"{shares.whole:.3g} of its layers whole"
+    if shares.boosted:
+        told += f" and {shares.boost:g} times as much in {shares.boosted:.3g} of them"
+    return told

@@ -81,6 +81,8 @@ class Row:
         Share of the layers that kept every token; None if all were compressed.
     boosted : float or None
         Share of the layers that hold heads with a larger budget; None without.
+    boost : float or None
+        How many times as many tokens these keep.
     """
 
     task: str
@@ -101,6 +103,7 @@ class Row:
     variant: str = ""
     whole: float | None = None
     boosted: float | None = None
+    boost: float | None = None
 
     @property
     def row_key(self) -> RowKey:

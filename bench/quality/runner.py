@@ -17,6 +17,7 @@ from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo, TokenSco
 from bench.quality.jobs import Job, RowFile, worth_asking
 from bench.quality.plan import LANGUAGE, Plan, Variant
 from bench.quality.rows import DURING, FULL, OURS, STRICT, Row
+from vllm_kvcompress.bands import ALIKE
 
 Progress = Callable[[int, int, str], None]
 """Told the cases done, those to do, and what was just done."""
@@ -146,6 +147,7 @@ class Runner:
         whole = len(job.prompt.context)
         if variant.protocol != STRICT:
             whole += len(job.prompt.question)
+        shares = ALIKE if variant.method == FULL else self.info.shares
         return Row(
             task=job.task.name,
             key=job.case.key,
@@ -163,6 +165,7 @@ class Runner:
             scored_tokens=scored_tokens,
             kept=None if removed_tokens is None else 1 - removed_tokens / whole,
             variant=self.plan.variant,
-            whole=None if variant.method == FULL else self.info.shares.whole or None,
-            boosted=None if variant.method == FULL else self.info.shares.boosted or None,
+            whole=shares.whole or None,
+            boosted=shares.boosted or None,
+            boost=shares.boost if shares.boosted else None,
         )

@@ -120,6 +120,7 @@ def check_groups(
             "(max_model_len) reaches a threshold.",
             vllm_config.model_config.max_model_len,
         )
+    whole += sum(len(compressed[i]) for i, limit in by_band.items() if limit and limit.ratio == 1)
     if whole and settings.phase == "during_prefill":
         logger.warning(
             "kvcompress: phase=during_prefill bounds the peak only in compressed layers; "
