@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import ceil, floor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 
 if TYPE_CHECKING:
     from engine_stub import EngineOptions

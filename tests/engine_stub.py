@@ -30,7 +30,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvcompress import plugin
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
 from vllm_kvcompress.scheduler.schedule import Schedule
 from vllm_kvcompress.scheduler.scheduler import (

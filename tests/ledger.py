@@ -26,7 +26,7 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.bands import Merging
+from vllm_kvcompress.limits import Merging
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE
 
 

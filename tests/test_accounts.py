@@ -10,8 +10,8 @@ import pytest
 from engine_stub import BookkeepingWorker, EngineOptions, Texts, build_scheduler, make_request
 from vllm.v1.request import RequestStatus
 
-from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.histogram import Histogram
+from vllm_kvcompress.limits import Limits, Merging
 from vllm_kvcompress.scheduler.account import MAX_MOMENTS, Account, Moment
 from vllm_kvcompress.scheduler.snapshot import MAX_WAITING, take_snapshot
 

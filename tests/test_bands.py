@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, SlidingWindowSpec
 
-from vllm_kvcompress.bands import MAX_PADDING, Band, Limits, Merging, group_layout, plan_bands
+from vllm_kvcompress.bands import MAX_PADDING, Band, group_layout, plan_bands
+from vllm_kvcompress.limits import Limits, Merging
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
 from vllm_kvcompress.settings import Settings, SettingsError
 

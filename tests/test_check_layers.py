@@ -22,7 +22,7 @@ from check_tools import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.bands import MAX_PADDING, Shares, group_layout, plan_bands
+from vllm_kvcompress.bands import MAX_PADDING, group_layout, plan_bands
 from vllm_kvcompress.check.dense import Shape, compress
 from vllm_kvcompress.check.findings import Findings
 from vllm_kvcompress.check.measure import measure
@@ -39,6 +39,7 @@ from vllm_kvcompress.check.skip import (
 from vllm_kvcompress.check.texts import Recall, Sample, built_in_text, samples
 from vllm_kvcompress.methods import METHODS
 from vllm_kvcompress.settings import parse_settings
+from vllm_kvcompress.shares import Shares
 
 
 @pytest.fixture(scope="module")

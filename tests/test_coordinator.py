@@ -9,7 +9,7 @@ from engine_stub import EngineOptions, block_rows, build_scheduler, make_request
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.scheduler.coordinator import CompressedCoordinator
 from vllm_kvcompress.scheduler.manager import CompressedAttentionManager
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE

@@ -32,6 +32,7 @@ from gpu_path.harness import (
     plans_of,
     run_cases,
 )
+from merge_oracle import DenseMergeOracle
 from oracle import (
     DenseOracle,
     band_budgets,
@@ -62,6 +63,9 @@ HEADS = {
     "boost_heads": "2:0,3:0",
     "boost": 1.3,
 }
+
+MERGE = {"method": "merge", "budget": 224, "recent_tokens": 8, "sink_tokens": 2, "interval": 16}
+KNORM_MERGE = {**MERGE, "method": "knorm+merge", "merge_weighting": "none"}
 
 NEAR_TIE = 1e-3
 """Relative: methods round their scores to 12 bits, the oracle does not."""
@@ -123,6 +127,23 @@ def _agrees_with_oracle(case: dict[str, Any], run: dict[str, Any], index: int) -
     assert difference <= MAX_LOGPROB_DIFFERENCE
     likeliest = wanted.logprobs.max(dim=-1).values
     assert (likeliest - wanted.token_logprobs <= MAX_LOGPROB_DIFFERENCE).all()
+    return difference
+
+
+def _merges_as_oracle(case: dict[str, Any], run: dict[str, Any], index: int) -> float:
+    """Compare a merged request with the dense oracle; the largest log-probability difference."""
+    found = run["requests"][str(index)]
+    settings, block_size = parse_settings(case["kvcompress"]), case["engine"]["block_size"]
+    dense = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32)
+    layers, budgets = band_budgets(settings, dense.config.num_hidden_layers, block_size, 1)
+    oracle = DenseMergeOracle(dense, settings, block_size, layers, budgets)
+    wanted = oracle.run(case["prompts"][index], len(found["tokens"]), found["tokens"])
+    positions = {plan["position"] for plan in plans_of(run, index)}
+    assert positions == {each.position for each in wanted.compactions}
+    assert len(positions) >= 2
+    assert max(max(each.levels) for each in wanted.compactions) >= 1
+    difference = max_logprob_difference(wanted.token_logprobs, found["logprobs"])
+    assert difference <= MAX_LOGPROB_DIFFERENCE
     return difference
 
 
@@ -201,6 +222,13 @@ def cases(llama: Path, small_llama: Path) -> dict[str, dict[str, Any]]:
             "sampling": {"max_tokens": 60},
             "crowd": True,
         },
+        **{
+            name: {
+                **_case(llama, settings, [batch, {"requests": [1]}], max_model_len=384),
+                "prompts": _prompts(5, (300, 271, 283, 257)),
+            }
+            for name, settings in (("merge", MERGE), ("knorm+merge", KNORM_MERGE))
+        },
         "again": _case(
             llama,
             TWO_BANDS,
@@ -265,7 +293,7 @@ routes = pytest.mark.parametrize(
 
 
 @routes
-@pytest.mark.parametrize("case", ["flat", "bands", "heads", "decode"])
+@pytest.mark.parametrize("case", ["flat", "bands", "heads", "decode", "merge", "knorm+merge"])
 def test_same_as_cpu_path(on_route: Callable[[Route], Results], route: Route, case: str) -> None:
     found, wanted = on_route(route)[case], on_route(V1)[case]
     for mine, other in zip(found["runs"], wanted["runs"], strict=True):
@@ -286,7 +314,16 @@ def test_same_as_oracle(
 
 
 @routes
-@pytest.mark.parametrize("case", ["flat", "bands", "heads"])
+def test_merges_as_oracle(
+    cases: dict[str, dict[str, Any]], on_route: Callable[[Route], Results], route: Route
+) -> None:
+    batch, alone = on_route(route)["merge"]["runs"]
+    for run, index in ((batch, 0), (batch, 3), (alone, 1)):
+        print(index, _merges_as_oracle(cases["merge"], run, index))
+
+
+@routes
+@pytest.mark.parametrize("case", ["flat", "bands", "heads", "merge", "knorm+merge"])
 def test_batch_does_not_matter(
     on_route: Callable[[Route], Results], route: Route, case: str
 ) -> None:
@@ -340,9 +377,21 @@ def test_triton_attention(
         "prompts": _prompts(4, (60,)),
         "sampling": {"max_tokens": 28},
     }
-    found, small, heads = run_cases(
-        V2_TRITON, [cases["triton"], small_blocks, cases["triton-heads"]]
+    merging = {
+        **_case(
+            small_llama,
+            {**MERGE, "budget": 96, "recent_tokens": 1, "interval": 8},
+            [{"requests": [0]}],
+            block_size=16,
+            max_model_len=192,
+        ),
+        "prompts": _prompts(4, (110,)),
+        "sampling": {"max_tokens": 16},
+    }
+    found, small, heads, merged = run_cases(
+        V2_TRITON, [cases["triton"], small_blocks, cases["triton-heads"], merging]
     )
+    print(_merges_as_oracle(merging, merged["runs"][0], 0))
     print(compare(found["runs"][0], on_route(V1)["triton"]["runs"][0], [0, 1]))
     print(_agrees_with_oracle(cases["triton"], found["runs"][0], 0))
     assert _compactions(found["runs"][0], 0) >= 2

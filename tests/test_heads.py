@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.bands import Limits, Shares, plan_bands
+from vllm_kvcompress.bands import plan_bands
 from vllm_kvcompress.heads import Hosts, Part, hosts, places
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.settings import Settings, SettingsError, parse_settings
+from vllm_kvcompress.shares import Shares
 
 
 @st.composite

@@ -26,8 +26,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress import levels
-from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Merges, Round, plan_merges
+from vllm_kvcompress.limits import Limits, Merging
 from vllm_kvcompress.scheduler import schedule, trajectory
 from vllm_kvcompress.scheduler.account import Account
 from vllm_kvcompress.scheduler.accounts import Accounts

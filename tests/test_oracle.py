@@ -175,7 +175,7 @@ SLOW = {
     "knorm-context-ratio": Case(
         {"method": "knorm", "keep_ratio": 0.25, "recent_tokens": 16, "interval": 32},
         3,
-        decoded=150,
+        decoded=200,
         context=1509,
     ),
     "knorm-256-pyramid": Case(

@@ -12,8 +12,8 @@ from engine_stub import EngineOptions, build_scheduler, make_request
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
-from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Round
+from vllm_kvcompress.limits import Limits, Merging
 from vllm_kvcompress.scheduler.plan import PLANS_ATTRIBUTE, CompactionPlan
 from vllm_kvcompress.scheduler.planner import Planner
 from vllm_kvcompress.scheduler.schedule import NEVER, Schedule

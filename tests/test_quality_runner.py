@@ -28,9 +28,9 @@ from bench.quality.servers import own_servers
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.case import TaskError
 from bench.quality.tasks.texts import VARIABLE
-from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.bundled import model_directory
 from vllm_kvcompress.methods import MERGING, METHODS
+from vllm_kvcompress.shares import ALIKE, Shares
 
 TOKENS = 300
 PLAN = Plan(

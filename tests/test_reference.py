@@ -20,8 +20,8 @@ from bench.reference.__main__ import failing_tasks
 from bench.reference.cases import case_lines, scored, unscored
 from bench.reference.files import open_at_end, read_lines, write_lines
 from bench.reference.shares import kept_tokens
-from vllm_kvcompress.bands import Limits
 from vllm_kvcompress.hf import CompressedCache, l2_compress
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.methods import METHODS, ScoreContext, select_tokens
 
 ROOT = Path(__file__).parents[1]

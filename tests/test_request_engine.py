@@ -14,7 +14,7 @@ from engines import prefixed
 from test_engine import BLOCK, Stepper, make_prompts
 from vllm.exceptions import VLLMValidationError
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 
 SERVER: dict[str, dict[str, Any]] = {
     "knorm": {"budget": 128, "recent_tokens": 16, "interval": 16},

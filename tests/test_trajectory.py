@@ -10,8 +10,8 @@ from engine_stub import EngineOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.bands import Limits, Merging
 from vllm_kvcompress.levels import Merges, Round
+from vllm_kvcompress.limits import Limits, Merging
 from vllm_kvcompress.scheduler.due import Grid, first_due
 from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
 from vllm_kvcompress.scheduler.steps import Pooled, Step

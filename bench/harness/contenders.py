@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.harness.engines import BLOCK_SIZE
-from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.bundled import KV_HEADS, LAYERS, SKIP_HEADS, SKIP_LAYERS
 from vllm_kvcompress.settings import parse_settings
+from vllm_kvcompress.shares import ALIKE, Shares
 
 PYRAMID_BETA = 4.0
 INTERVAL_SHARE = 1 / 16

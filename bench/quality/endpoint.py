@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from vllm_kvcompress.bands import ALIKE, Shares
+from vllm_kvcompress.shares import ALIKE, Shares
 
 TIMEOUT_SECONDS = 600.0
 RETRIES = 3

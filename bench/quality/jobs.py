@@ -12,7 +12,7 @@ from bench.quality.plan import LANGUAGE, LEAST_BASELINE, Plan, Variant
 from bench.quality.rows import FULL, OURS, Row, RowKey, RowsError, prompt_digest, read_rows
 from bench.quality.tasks import Case, Task, prompt_ids
 from bench.quality.tasks.case import Prompt, TaskError, Tokenizer
-from vllm_kvcompress.bands import Shares
+from vllm_kvcompress.shares import Shares
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.quality.rows import AFTER_PROMPT, DURING, FULL, STRICT
-from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.methods import MERGING, METHODS
+from vllm_kvcompress.shares import ALIKE, Shares
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 """Shares removed."""

@@ -17,7 +17,7 @@ from bench.quality.endpoint import Endpoint, EndpointError, ServerInfo, TokenSco
 from bench.quality.jobs import Job, RowFile, worth_asking
 from bench.quality.plan import LANGUAGE, Plan, Variant
 from bench.quality.rows import DURING, FULL, OURS, STRICT, Row
-from vllm_kvcompress.bands import ALIKE
+from vllm_kvcompress.shares import ALIKE
 
 Progress = Callable[[int, int, str], None]
 """Told the cases done, those to do, and what was just done."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.quality.plan import Plan
-from vllm_kvcompress.bands import ALIKE, Shares
 from vllm_kvcompress.methods import MERGING
 from vllm_kvcompress.serving.announce import uniform_layers
 from vllm_kvcompress.serving.command import build_command, inspect_arguments
 from vllm_kvcompress.serving.options import split_arguments
+from vllm_kvcompress.shares import ALIKE, Shares
 
 FLAT = "flat"
 """Variant in which all layers of the bundled model are compressed alike."""

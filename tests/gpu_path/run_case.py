@@ -35,12 +35,18 @@ class Recorder:
             self.scheduler.kvcompress.promised = lambda *_: 0
         if self.runner.kvcompress is not None:
             self.runner.kvcompress.compactor.on_kept = self._on_kept
+            # Plans that only merge keep no tokens to be told of.
+            self.runner.kvcompress.compactor.on_written = lambda plan, *_: self._entry(plan)
 
     def _count_preemption(self, *args: Any, **kwargs: Any) -> Any:
         self.preemptions += 1
         return self._preempt(*args, **kwargs)
 
     def _on_kept(self, plan: Any, layer: int, kept: Any) -> None:
+        self._entry(plan)["kept"][layer] = kept.tolist()
+
+    def _entry(self, plan: Any) -> dict[str, Any]:
+        """What is recorded of a plan; it is the latest one."""
         entry = {
             "request": plan.request_id.split("-")[0],
             "group": plan.group,
@@ -52,7 +58,7 @@ class Recorder:
         }
         if not self.plans or self.plans[-1]["plan"] is not plan:
             self.plans.append({"plan": plan, **entry, "kept": {}})
-        self.plans[-1]["kept"][layer] = kept.tolist()
+        return self.plans[-1]
 
     def take(self) -> dict[str, Any]:
         """What happened since the last call, ready for JSON."""

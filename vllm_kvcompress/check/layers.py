@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from vllm_kvcompress.bands import Shares
 from vllm_kvcompress.check.dense import Context, Shape, compress, compute, kept_tokens
 from vllm_kvcompress.check.findings import Loss
 from vllm_kvcompress.check.tally import Tally, against, tell, tell_recalls
 from vllm_kvcompress.check.texts import Sample
 from vllm_kvcompress.methods import Method
+from vllm_kvcompress.shares import Shares
 
 LAYER_REMOVED = 0.9
 """Share of the context's tokens removed from the one layer that is compressed."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.bands import Shares
 from vllm_kvcompress.check.findings import BASELINES, Findings, Loss
 from vllm_kvcompress.check.skip import named
+from vllm_kvcompress.shares import Shares
 
 MAX_TEXT = 0.1
 """Acceptable loss on running text, nats per token: perplexity 11 % higher."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from vllm_kvcompress.bands import Shares, group_layout, plan_bands
+from vllm_kvcompress.bands import group_layout, plan_bands
 from vllm_kvcompress.settings import parse_settings
+from vllm_kvcompress.shares import Shares
 
 SENSITIVE = 0.1
 """Loss from which a layer may count as sensitive, nats per answer token. Of the bundled model's

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import ceil, inf
 from typing import Any
 
-from vllm_kvcompress.bands import Limits, plan_bands, pyramid_share
+from vllm_kvcompress.bands import plan_bands, pyramid_share
 from vllm_kvcompress.hf.slots import Step
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.settings import Settings, SettingsError
 
 UNSUPPORTED = ("knorm+merge",)

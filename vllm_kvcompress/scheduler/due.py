@@ -1,6 +1,6 @@
 """The position at which a group is next over its limits, by arithmetic instead of walking.
 
-A compaction is due at a position if :meth:`~vllm_kvcompress.bands.Limits.blocks_kept` keeps fewer
+A compaction is due at a position if :meth:`~vllm_kvcompress.limits.Limits.blocks_kept` keeps fewer
 blocks than there are. Written out, that is two conditions, and both hold from some position on:
 
 - There is more than the limits allow: ``live > budget``, or with a share at least one block more
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.scheduler.schedule import NEVER
 
 

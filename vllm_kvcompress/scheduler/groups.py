@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
 from vllm_kvcompress.scheduler.spec import CompressedAttentionSpec
 from vllm_kvcompress.scheduler.trajectory import Trajectory

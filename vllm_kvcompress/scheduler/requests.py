@@ -7,7 +7,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_kvcompress.bands import Band, Limits, plan_bands
+from vllm_kvcompress.bands import Band, plan_bands
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.request import PREFIX, asked, refusal
 from vllm_kvcompress.scheduler.schedule import Schedule
 from vllm_kvcompress.scheduler.trajectory import Trajectory

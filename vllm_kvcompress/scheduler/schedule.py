@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.settings import Phase, Settings
 
 NEVER = 1 << 62

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_kvcompress.bands import Limits
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.scheduler.schedule import Schedule
 from vllm_kvcompress.scheduler.trajectory import peak_tokens
 from vllm_kvcompress.settings import Phase

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from vllm_kvcompress.bands import Limits
 from vllm_kvcompress.levels import plan_merges
+from vllm_kvcompress.limits import Limits
 from vllm_kvcompress.scheduler.due import Grid, first_due
 from vllm_kvcompress.scheduler.schedule import NEVER, Schedule
 from vllm_kvcompress.scheduler.steps import Pooled, Step
