@@ -32,7 +32,7 @@ BOOSTED = "0:3,1:0,1:1,3:0"
 PLANNED = {
     ONE_HOST: {(0,): [1], (1,): [1, 3], (2,): [1, 3], (3,): [1, 3]},
     TWO_HOSTS: {(0, 1): [1, 3], (2, 3): [1, 2]},
-    BOOSTED: {(0,): [1], (1,): [1, 2], (2, 3): [1, 3]},
+    BOOSTED: {(0,): [1], (1,): [1, 2], (2,): [1, 3], (3,): [1, 2]},
 }
 """By the layers of a group: how many neighbours the CPU backend has to plan its work for."""
 
