@@ -47,6 +47,14 @@ class Case:
 HEADS = "7:2,8:0,14:1,15:2,17:0,17:1,18:2,19:1,20:2,21:2,22:0,22:1,22:2,24:0,24:2"
 """KV heads that keep every token: one, two or all of a layer, in five layers' pages."""
 
+PREFILL_512 = {
+    "budget": 512,
+    "bands": 6,
+    "pyramid_beta": 2.0,
+    "phase": "during_prefill",
+    "interval": 256,
+}
+
 BOOSTED = "0:0,1:0,2:1,2:2,3:1,7:1,9:0,14:0,16:0,18:0,20:1,21:0,21:1,23:0,24:1"
 """KV heads with a larger budget, in other five layers' pages; heads of 7 lie in three kinds."""
 
@@ -96,17 +104,7 @@ CASES = {
         1,
         context=1509,
     ),
-    "knorm-512-during-prefill": Case(
-        {
-            "method": "knorm",
-            "budget": 512,
-            "bands": 6,
-            "pyramid_beta": 2.0,
-            "phase": "during_prefill",
-            "interval": 256,
-        },
-        3,
-    ),
+    "knorm-512-during-prefill": Case({"method": "knorm", **PREFILL_512}, 3),
     "knorm-context": Case(
         {"method": "knorm", "budget": 96, "recent_tokens": 16, "interval": 32},
         2,
@@ -189,17 +187,7 @@ SLOW = {
         3,
         decoded=96,
     ),
-    "keydiff-512-during-prefill": Case(
-        {
-            "method": "keydiff",
-            "budget": 512,
-            "bands": 6,
-            "pyramid_beta": 2.0,
-            "phase": "during_prefill",
-            "interval": 256,
-        },
-        3,
-    ),
+    "keydiff-512-during-prefill": Case({"method": "keydiff", **PREFILL_512}, 3),
     "keydiff-256-flat": Case({"method": "keydiff", "budget": 256, "interval": 16}, 3, 96),
     "keydiff-256-during-prefill": Case(
         {"method": "keydiff", "budget": 256, "phase": "during_prefill", "interval": 192}, 3

@@ -122,9 +122,9 @@ def _job(
         row = done.rows.get(row_key(plan, info, case, variant))
         if row is None:
             left.append(variant)
-        elif row.method != FULL and shares_of(row) != info.shares:
+        elif row.method != FULL and row_shares(row) != info.shares:
             raise RowsError(
-                f"{done.path} has {case.key} of a server that keeps {_told(shares_of(row))}, "
+                f"{done.path} has {case.key} of a server that keeps {_told(row_shares(row))}, "
                 f"this one keeps {_told(info.shares)}; name another --variant."
             )
         elif row.prompt != digest:
@@ -179,7 +179,7 @@ def row_key(plan: Plan, info: ServerInfo, case: Case, variant: Variant) -> RowKe
     )
 
 
-def shares_of(row: Row) -> Shares:
+def row_shares(row: Row) -> Shares:
     """Shares of layers that kept more than the others on the server of a row."""
     return Shares(row.whole or 0.0, row.boosted or 0.0, row.boost or 1.0)
 

@@ -68,15 +68,15 @@ def check_groups(
         for group in config.kv_cache_groups
         if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
     }
+    boosted = max(compressed) if settings.boost_heads else None
     for index, layers in sorted(compressed.items()):
         limit = by_band[index]
         assert limit is not None
         kept = f"{limit.budget} tokens" if limit.budget else f"{float(limit.ratio or 0):.1%}"
-        boosted = settings.boost_heads and index == max(compressed)
         logger.info(
             "kvcompress: band %d: %s keep %s per request (%.0f%% of the cache).",
             index,
-            "boosted KV heads" if boosted else f"layers {layers[0]} to {layers[-1]}",
+            "boosted KV heads" if index == boosted else f"layers {layers[0]} to {layers[-1]}",
             kept,
             100 * len(layers) / total,
         )
@@ -94,13 +94,13 @@ def check_groups(
         config.num_blocks,
         vllm_config.cache_config.block_size,
     )
-    if settings.boost_heads:
+    if boosted is not None:
         logger.info(
             "kvcompress: %d KV heads keep %g times as many tokens as the others; they lie in the "
             "pages of layers %s, and those layers' other heads elsewhere.",
             len(settings.boost_heads),
             settings.boost,
-            ", ".join(map(str, compressed[max(compressed)])),
+            ", ".join(map(str, compressed[boosted])),
         )
     if settings.skip_heads:
         held = ", ".join(map(str, sorted(set(bands[-1]) - set(settings.skip_layers))))
@@ -120,11 +120,13 @@ def check_groups(
             "(max_model_len) reaches a threshold.",
             vllm_config.model_config.max_model_len,
         )
-    whole += sum(len(compressed[i]) for i, limit in by_band.items() if limit and limit.ratio == 1)
-    if whole and settings.phase == "during_prefill":
+    unbounded = whole + sum(
+        len(compressed[index]) for index, limit in by_band.items() if limit and limit.ratio == 1
+    )
+    if unbounded and settings.phase == "during_prefill":
         logger.warning(
             "kvcompress: phase=during_prefill bounds the peak only in compressed layers; "
             "the pages of %d layers hold every token of a request.",
-            whole,
+            unbounded,
         )
     return tuple(limits)
